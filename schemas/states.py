@@ -1,0 +1,210 @@
+"""The dialog state: which step of the task is not started, in progress or completed, and when."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.clock import TICK_TOLERANCE, Clock
+
+NOT_STARTED, IN_PROGRESS, COMPLETED = 0, 1, 2
+STATE_NAMES = ("not_started", "in_progress", "completed")
+
+START, COMPLETE = 1, 2
+"""Bits of a transition. A step shorter than a tick starts and completes in one: 3."""
+
+_CHILDREN = ("steps", "substeps", "actions")
+_START_KEYS = ("start_ts", "t0")
+_END_KEYS = ("end_ts", "t1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan.
+
+    ``spans`` are half-open intervals in seconds; a step that is interrupted has several. It is in progress
+    from its first start to its last end. An end of ``inf`` is a step that is never seen to end; no span at all
+    is a step that never starts.
+    """
+
+    step_id: str
+    name: str
+    spans: tuple[tuple[float, float], ...] = ()
+    type: str = "step"
+    parent: str | None = None
+    start: float = field(init=False)
+    end: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        for start, end in self.spans:
+            if math.isnan(start) or math.isnan(end) or start < 0:
+                raise ValueError(f"step {self.step_id!r} has a span {start}-{end} that is not a time")
+            if end < start:
+                raise ValueError(f"step {self.step_id!r} ends at {end} s, before it starts at {start} s")
+        object.__setattr__(self, "start", min((s for s, _ in self.spans), default=math.inf))
+        object.__setattr__(self, "end", max((e for _, e in self.spans), default=math.inf))
+
+
+def parse_dst(dst: Any) -> list[Step]:
+    """Read a DST annotation in any form it has had; the order of the list is the order of the steps.
+
+    - a list of ``{"type", "id", "start_ts", "end_ts", "name"}``;
+    - ``{"steps": [...]}`` nested through ``substeps`` and ``actions``, each with
+      ``timestamps: {start_ts, end_ts}``: parents come before their children;
+    - tab separated text with the columns ``type id start_ts end_ts name``, with or without that header;
+    - ``{"steps": [{"id", "name", "t0", "t1", "conf"}]}``;
+    - a mapping of task names to ``{"timestamps": [...]}``: the first is the start, the last the end, none is a
+      step that never starts.
+
+    Raises:
+        ValueError: one sentence naming the entry that cannot be read.
+    """
+    if isinstance(dst, str):
+        return [_entry(row, index, None) for index, row in enumerate(_tsv_rows(dst))]
+    if isinstance(dst, Mapping):
+        if isinstance(dst.get("steps"), Sequence):
+            return list(_nested(dst["steps"], "step", None))
+        return [_task(str(name), value, index) for index, (name, value) in enumerate(dst.items())]
+    if isinstance(dst, Sequence):
+        return list(_nested(dst, "step", None))
+    raise ValueError(f"a DST annotation is a list, a mapping or TSV text, not {type(dst).__name__}")
+
+
+def _tsv_rows(text: str) -> Iterator[dict[str, str]]:
+    columns = ("type", "id", "start_ts", "end_ts", "name")
+    rows = csv.reader(io.StringIO(text.strip("\n")), delimiter="\t", quoting=csv.QUOTE_NONE)
+    for number, row in enumerate(rows, 1):
+        if [cell.strip() for cell in row] == list(columns):
+            continue
+        if len(row) != len(columns):
+            raise ValueError(f"DST line {number} has {len(row)} columns, not the 5 of {' '.join(columns)}")
+        yield dict(zip(columns, (cell.strip() for cell in row), strict=True))
+
+
+def _nested(entries: Sequence[Any], kind: str, parent: str | None) -> Iterator[Step]:
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"DST entry {index} is {entry!r}, not a mapping")
+        step = _entry({"type": kind, **entry}, index, parent)
+        yield step
+        for key in _CHILDREN:
+            if entry.get(key):
+                yield from _nested(entry[key], key.rstrip("s"), step.step_id)
+
+
+def _entry(entry: Mapping[str, Any], index: int, parent: str | None) -> Step:
+    kind = str(entry["type"]).lower()
+    ids = [entry[key] for key in ("id", f"{kind}_id", "step_id") if key in entry]
+    step_id = str(ids[0]) if ids else (f"{parent}.{index + 1}" if parent else f"S{index + 1}")
+    name = str(entry.get("name", step_id)).strip()
+    times = entry.get("timestamps", entry)
+    if isinstance(times, Sequence) and not isinstance(times, str):
+        return _task(name, entry, index, step_id)
+    start = _time(times, _START_KEYS, step_id)
+    end = _time(times, _END_KEYS, step_id)
+    if start is None and end is not None:
+        raise ValueError(f"DST entry {step_id!r} has an end and no start")
+    spans = () if start is None else ((start, math.inf if end is None else end),)
+    return Step(step_id, name, spans, kind, parent)
+
+
+def _task(name: str, value: Any, index: int, step_id: str | None = None) -> Step:
+    if not isinstance(value, Mapping) or not isinstance(value.get("timestamps"), Sequence):
+        raise ValueError(f"DST task {name!r} has no list 'timestamps'")
+    step_id = step_id or f"S{index + 1}"
+    times = [_number(t, step_id) for t in value["timestamps"]]
+    return Step(step_id, name, ((times[0], times[-1]),) if times else ())
+
+
+def _time(times: Any, keys: Sequence[str], step_id: str) -> float | None:
+    if not isinstance(times, Mapping) or not any(key in times for key in keys):
+        raise ValueError(f"DST entry {step_id!r} has none of the keys {', '.join(keys)}")
+    value = next(times[key] for key in keys if key in times)
+    return None if value is None or value == "" else _number(value, step_id)
+
+
+def _number(value: Any, step_id: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"DST entry {step_id!r} has the time {value!r}, which is not a number") from None
+
+
+class TimestampToStateConverter:
+    """Turns time stamps of steps into states on a clock.
+
+    A step is not started before its start, in progress from it (included) to its end (excluded), completed
+    from its end on.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+
+    def convert(self, t: float, dst: Any) -> list[int]:
+        """States of all steps at ``t`` seconds, in the order of the annotation.
+
+        Args:
+            t: seconds from the video's first decoded frame.
+            dst: any form `parse_dst` reads, or a list of `Step`.
+        """
+        return [int(state) for state in self._states(np.array([t * self.clock.tick_hz]), dst)[0]]
+
+    def matrix(self, ticks: Sequence[int] | NDArray[np.integer], dst: Any) -> NDArray[np.int8]:
+        """States at many ticks.
+
+        Returns:
+            int8 ``[T, K]``, one row a tick, one column a step.
+        """
+        return self._states(np.asarray(ticks, dtype=np.float64), dst)
+
+    def _states(self, positions: NDArray[np.float64], dst: Any) -> NDArray[np.int8]:
+        steps = dst if _are_steps(dst) else parse_dst(dst)
+        starts = np.array([step.start for step in steps]) * self.clock.tick_hz - TICK_TOLERANCE
+        ends = np.array([step.end for step in steps]) * self.clock.tick_hz - TICK_TOLERANCE
+        started = positions[:, None] >= starts[None, :]
+        ended = positions[:, None] >= ends[None, :]
+        return started.astype(np.int8) + ended.astype(np.int8)
+
+
+def _are_steps(dst: Any) -> bool:
+    return isinstance(dst, Sequence) and all(isinstance(step, Step) for step in dst)
+
+
+def transitions_between(before: NDArray[np.int8], after: NDArray[np.int8]) -> NDArray[np.int8]:
+    """What changed from one state to the next.
+
+    Args:
+        before, after: int8 states of the same shape.
+
+    Returns:
+        int8 bits of the same shape: ``START``, ``COMPLETE``, both, or 0.
+    """
+    started = (before == NOT_STARTED) & (after != NOT_STARTED)
+    completed = (before != COMPLETED) & (after == COMPLETED)
+    return (started * START + completed * COMPLETE).astype(np.int8)
+
+
+class StateValidator:
+    """Lets predicted states only move forward, and counts what it refuses.
+
+    A step may stay, start, complete, or do both at once; it never goes back.
+    """
+
+    def __init__(self, initial: Sequence[int] | NDArray[np.integer]) -> None:
+        self.state: NDArray[np.int8] = np.array(initial, dtype=np.int8)
+        self.proposed = 0
+        self.rejected = 0
+
+    def update(self, predicted: NDArray[np.integer]) -> NDArray[np.int8]:
+        """Take over the legal part of a prediction int8 ``[K]`` and return the state that now holds."""
+        self.proposed += int((predicted != self.state).sum())
+        self.rejected += int((predicted < self.state).sum())
+        self.state = np.maximum(self.state, predicted).astype(np.int8)
+        return self.state.copy()
