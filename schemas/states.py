@@ -89,6 +89,8 @@ def _tsv_rows(text: str) -> Iterator[dict[str, str]]:
 
 
 def _nested(entries: Sequence[Any], kind: str, parent: str | None) -> Iterator[Step]:
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise ValueError(f"DST entry {parent!r} has {entries!r} for a list of entries")
     for index, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
             raise ValueError(f"DST entry {index} is {entry!r}, not a mapping")
@@ -116,11 +118,12 @@ def _entry(entry: Mapping[str, Any], index: int, parent: str | None) -> Step:
 
 
 def _task(name: str, value: Any, index: int, step_id: str | None = None) -> Step:
-    if not isinstance(value, Mapping) or not isinstance(value.get("timestamps"), Sequence):
+    times = value.get("timestamps") if isinstance(value, Mapping) else None
+    if isinstance(times, str) or not isinstance(times, Sequence):
         raise ValueError(f"DST task {name!r} has no list 'timestamps'")
     step_id = step_id or f"S{index + 1}"
-    times = [_number(t, step_id) for t in value["timestamps"]]
-    return Step(step_id, name, ((times[0], times[-1]),) if times else ())
+    seconds = [_number(t, step_id) for t in times]
+    return Step(step_id, name, ((seconds[0], seconds[-1]),) if seconds else ())
 
 
 def _time(times: Any, keys: Sequence[str], step_id: str) -> float | None:
@@ -133,7 +136,7 @@ def _time(times: Any, keys: Sequence[str], step_id: str) -> float | None:
 def _number(value: Any, step_id: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"DST entry {step_id!r} has the time {value!r}, which is not a number") from None
 
 

@@ -104,7 +104,8 @@ class LabelWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._buffers: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
+        self._buffered: Counter[str] = Counter()
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._sessions: set[str] = set()
         self._split_of: dict[str, str] = {}
@@ -135,9 +136,9 @@ class LabelWriter:
         recording_id: str,
         steps: Iterable[Mapping[str, Any]],
         turns: Iterable[Mapping[str, Any]],
-        frames: Iterable[Mapping[str, Any]],
+        frames: pa.Table,
     ) -> None:
-        """Add one whole session: its row and the rows of its steps, turns and frames."""
+        """Add one whole session: its row, the rows of its steps and turns, and its part of ``frames``."""
         session_id, split = session["session_id"], session["split"]
         if session_id in self._sessions:
             raise UserError(f"two sessions have the id {session_id!r}; make the ids of the dialogs unique")
@@ -152,7 +153,7 @@ class LabelWriter:
         self._extend("sessions", [session])
         self._extend("steps", steps)
         self._extend("turns", turns)
-        self._extend("frames", frames)
+        self._append("frames", frames)
 
     def add_videos(self, videos: Iterable[Mapping[str, Any]]) -> None:
         """Add the videos, once all sessions are known (``last_tick_needed``)."""
@@ -163,17 +164,19 @@ class LabelWriter:
         self._extend("rejects", rejects)
 
     def _extend(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        buffer = self._buffers[name]
-        buffer.extend(dict(row) for row in rows)
-        if len(buffer) >= _ROW_GROUP:
+        self._append(name, pa.Table.from_pylist(list(rows), schema=TABLES[name]))
+
+    def _append(self, name: str, table: pa.Table) -> None:
+        self._buffers[name].append(table)
+        self._buffered[name] += table.num_rows
+        if self._buffered[name] >= _ROW_GROUP:
             self._flush(name)
 
     def _flush(self, name: str) -> None:
-        rows = self._buffers[name]
-        if rows:
-            self._writers[name].write_table(pa.Table.from_pylist(rows, schema=TABLES[name]))
-            self.rows[name] += len(rows)
-            self._buffers[name] = []
+        if self._buffered[name]:
+            self._writers[name].write_table(pa.concat_tables(self._buffers[name]))
+        self.rows[name] += self._buffered[name]
+        self._buffers[name], self._buffered[name] = [], 0
 
 
 def read_table(folder: Path, name: str) -> pa.Table:

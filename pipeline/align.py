@@ -1,0 +1,218 @@
+"""A session on the clock: rows for the label tables, and rejects for what falls outside."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.clock import Clock
+from schemas.records import Rejects, Session, Turn
+from schemas.states import Step, TimestampToStateConverter, transitions_between
+from schemas.tables import TABLES
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rows of one session, as the tables of the same names have them (the session without its ``source``).
+
+    ``joined_turns`` counts assistant turns that share a tick with an earlier one, whose texts are one response.
+    """
+
+    session: dict[str, Any]
+    steps: list[dict[str, Any]]
+    turns: list[dict[str, Any]]
+    frames: pa.Table
+    last_tick: int
+    joined_turns: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The ticks of a session, both ends included, and where what lies outside of them is noted."""
+
+    session: Session
+    clock: Clock
+    first: int
+    last: int
+    source_file: str
+    rejects: Rejects
+
+    def holds(self, t: float) -> bool:
+        return math.isfinite(t) and self.first <= self.clock.tick_of(t) <= self.last
+
+    def reject(self, what: str, t: float, detail: str) -> None:
+        duration = self.session.video.duration_s
+        past_end = duration is not None and self.clock.tick_of(t) >= self.clock.num_ticks(duration)
+        reason = "outside the video" if past_end or self.clock.tick_of(t) < 0 else "outside the session"
+        self.rejects.add(self.source_file, f"{self.session.session_id} {what}", reason, detail)
+
+
+def align(session: Session, clock: Clock, rejects: Rejects, source_file: str) -> Aligned | None:
+    """Put a session on the clock.
+
+    A session's ticks are those of its range that its video has. Each event (a step's start or end, a turn, a
+    mistake) belongs to the first tick at or after it; one whose tick is not among the session's is a reject: a
+    step whose start is outside never starts, one whose end is outside stays in progress.
+
+    Args:
+        source_file: what the rejects name as their origin.
+
+    Returns:
+        None, and one reject, where no tick or no step remains.
+    """
+    window = _window(session, clock, rejects, source_file)
+    if window.first > window.last or not session.steps:
+        reason = "no ticks" if session.steps else "no steps"
+        detail = f"{session.start_s:g} to {session.end_s:g} s of a video of {session.video.duration_s} s"
+        rejects.add(source_file, session.session_id, reason, detail)
+        return None
+    steps = [_used_part(step, window) for step in session.steps]
+    turns = _turns_inside(session, window)
+    mistake = _mistaken(session, window)
+    responses: dict[int, list[str]] = {}
+    for tick, turn in turns:
+        if turn.role == "assistant":
+            responses.setdefault(tick, []).append(turn.text)
+    return Aligned(
+        session=_session_row(session, window),
+        steps=[_step_row(session, index, step) for index, step in enumerate(steps)],
+        turns=[_turn_row(session, index, tick, turn) for index, (tick, turn) in enumerate(turns)],
+        frames=_frames(
+            session, window, steps, {t: " ".join(texts) for t, texts in responses.items()}, mistake
+        ),
+        last_tick=window.last,
+        joined_turns=sum(len(texts) - 1 for texts in responses.values()),
+    )
+
+
+def _window(session: Session, clock: Clock, rejects: Rejects, source_file: str) -> _Window:
+    first, last = max(0, clock.tick_of(session.start_s)), clock.tick_of(session.end_s)
+    if session.video.duration_s is not None:
+        last = min(last, clock.num_ticks(session.video.duration_s) - 1)
+    return _Window(session, clock, first, last, source_file, rejects)
+
+
+def _used_part(step: Step, window: _Window) -> Step:
+    """The step with the spans its states are computed from."""
+    if math.isinf(step.start):
+        return replace(step, spans=())
+    if not window.holds(step.start):
+        window.reject(f"step {step.step_id} start", step.start, f"{step.start:.3f} s, {step.name}")
+        if math.isfinite(step.end):
+            detail = f"{step.end:.3f} s, {step.name}, whose start is not used"
+            window.reject(f"step {step.step_id} end", step.start, detail)
+        return replace(step, spans=())
+    if window.holds(step.end):
+        return step
+    if math.isfinite(step.end):
+        window.reject(f"step {step.step_id} end", step.end, f"{step.end:.3f} s, {step.name}")
+    spans = sorted(span for span in step.spans if window.holds(span[0]))
+    return replace(step, spans=(*spans[:-1], (spans[-1][0], math.inf)))
+
+
+def _turns_inside(session: Session, window: _Window) -> list[tuple[int, Turn]]:
+    inside = []
+    for index, turn in enumerate(session.turns):
+        if window.holds(turn.t_s):
+            inside.append((window.clock.tick_of(turn.t_s), turn))
+        else:
+            window.reject(f"turn {index}", turn.t_s, f"{turn.t_s:.3f} s, {turn.role}: {turn.text}")
+    return sorted(inside, key=lambda pair: (pair[0], pair[1].t_s))
+
+
+def _mistaken(session: Session, window: _Window) -> NDArray[np.bool_] | None:
+    """Which ticks lie in a mistake; a span is marked where it lies inside, and a reject where it does not."""
+    if session.mistakes is None:
+        return None
+    marks = np.zeros(window.last + 1 - window.first, dtype=np.bool_)
+    for index, (start, end) in enumerate(session.mistakes):
+        first, stop = window.clock.tick_of(start), window.clock.tick_of(end)
+        marks[max(0, first - window.first) : max(0, stop - window.first)] = True
+        what, detail = f"mistake {index}", f"{start:.3f} to {end:.3f} s"
+        if not window.holds(start):
+            window.reject(what, start, detail)
+        elif not window.holds(end):
+            window.reject(what, end, f"{detail}, marked from its start on")
+        elif first == stop:
+            locator = f"{session.session_id} {what}"
+            window.rejects.add(window.source_file, locator, "between two ticks", detail)
+    return marks
+
+
+def _frames(
+    session: Session,
+    window: _Window,
+    steps: list[Step],
+    responses: dict[int, str],
+    mistake: NDArray[np.bool_] | None,
+) -> pa.Table:
+    ticks = np.arange(window.first, window.last + 1, dtype=np.int32)
+    states = TimestampToStateConverter(window.clock).matrix(ticks, steps)
+    before = np.vstack([np.zeros_like(states[:1]), states[:-1]])
+    speak = np.isin(ticks, list(responses))
+    schema = TABLES["frames"]
+    columns = {
+        "session_id": pa.repeat(session.session_id, len(ticks)),
+        "split": pa.repeat(session.split, len(ticks)),
+        "tick": ticks,
+        "t_s": ticks / window.clock.tick_hz,
+        "speak": speak,
+        "response": [responses.get(tick) for tick in ticks.tolist()],
+        "dst_update": (states != before).any(axis=1),
+        "dst_state": _lists(states, schema.field("dst_state").type),
+        "transitions": _lists(transitions_between(before, states), schema.field("transitions").type),
+        "mistake": pa.nulls(len(ticks), pa.bool_()) if mistake is None else mistake,
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _lists(matrix: NDArray[np.int8], kind: pa.DataType) -> pa.Array:
+    rows, width = matrix.shape
+    offsets = np.arange(rows + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix.ravel()), type=kind)
+
+
+def _session_row(session: Session, window: _Window) -> dict[str, Any]:
+    return {
+        "session_id": session.session_id,
+        "video_id": session.video.video_id,
+        "split": session.split,
+        "goal": session.goal,
+        "knowledge": session.knowledge,
+        "first_tick": window.first,
+        "num_ticks": window.last + 1 - window.first,
+        "tick_hz": window.clock.tick_hz,
+        "num_steps": len(session.steps),
+        "user_type": session.user_type,
+        "dialog_origin": session.dialog_origin,
+        "quality": session.quality,
+    }
+
+
+def _step_row(session: Session, index: int, step: Step) -> dict[str, Any]:
+    return {
+        "session_id": session.session_id,
+        "step": index,
+        "step_id": step.step_id,
+        "name": step.name,
+        "parent": step.parent,
+        "spans": [{"start_s": start, "end_s": end} for start, end in step.spans],
+    }
+
+
+def _turn_row(session: Session, index: int, tick: int, turn: Turn) -> dict[str, Any]:
+    return {
+        "session_id": session.session_id,
+        "turn": index,
+        "tick": tick,
+        "t_s": turn.t_s,
+        "role": turn.role,
+        "text": turn.text,
+        "labels": list(turn.labels),
+        "progress": turn.progress,
+    }

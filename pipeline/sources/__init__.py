@@ -1,0 +1,1 @@
+"""One module a corpus: its annotation files to sessions."""

@@ -1,0 +1,173 @@
+"""Sessions of a cache as windows to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.shards import LabelledSession, ShardCache
+from schemas.errors import UserError
+from training.batch import Example
+from training.sequence import SequenceBuilder, Words
+from training.traces import Track
+
+
+@dataclass(frozen=True)
+class SessionData:
+    """A session's labels in memory; its features stay in the cache's files.
+
+    ``words`` are the true utterances in order. All ticks are the video's.
+    """
+
+    cache: ShardCache
+    labels: LabelledSession
+    goal: str
+    step_names: tuple[str, ...]
+    words: tuple[Words, ...]
+    truth: Track
+    blind: bool
+
+    @property
+    def session_id(self) -> str:
+        return self.labels.session_id
+
+    @property
+    def first_tick(self) -> int:
+        return self.labels.first_tick
+
+    @property
+    def num_ticks(self) -> int:
+        return self.labels.num_ticks
+
+    def features(self, first_tick: int, num_ticks: int) -> NDArray[Any]:
+        """Cached features ``[n, tokens, dim]``; zeros for a blind run."""
+        features = self.cache.features(self.labels.meta["video_id"], first_tick, num_ticks)
+        return np.zeros_like(features) if self.blind else features
+
+    def state_before(self, tick: int) -> NDArray[np.int8]:
+        """The true state before a tick: nothing has started before the session's first."""
+        index = tick - self.first_tick
+        return self.truth.state[index - 1] if index > 0 else np.zeros_like(self.truth.state[0])
+
+
+def load_sessions(cache: ShardCache, split: str, blind: bool = False) -> list[SessionData]:
+    """All sessions of a split, in order of id.
+
+    Raises:
+        UserError: the cache has none.
+    """
+    sessions = []
+    splits = set()
+    for session_id in cache.session_ids:
+        labels = cache.session(session_id)
+        splits.add(labels.meta["split"])
+        if labels.meta["split"] == split:
+            sessions.append(_session(cache, labels, blind))
+    if not sessions:
+        raise UserError(
+            f"{cache.folder} has no session of the split {split!r} (there are: {', '.join(sorted(splits))}); "
+            "prepare and cache some"
+        )
+    return sessions
+
+
+def _session(cache: ShardCache, labels: LabelledSession, blind: bool) -> SessionData:
+    turns = sorted(labels.turns, key=lambda turn: (turn["tick"], turn["turn"]))
+    truth = Track(
+        speak=labels.column("speak").astype(np.bool_),
+        dst_update=labels.column("dst_update").astype(np.bool_),
+        state=labels.column("dst_state"),
+        responses=tuple(labels.frames["response"].to_pylist()),
+    )
+    return SessionData(
+        cache=cache,
+        labels=labels,
+        goal=labels.meta["goal"],
+        step_names=tuple(step["name"] for step in sorted(labels.steps, key=lambda step: step["step"])),
+        words=tuple(Words(turn["tick"], turn["role"], turn["text"]) for turn in turns),
+        truth=truth,
+        blind=blind,
+    )
+
+
+def window_starts(session: SessionData, window_ticks: int, phase: int) -> Iterator[tuple[int, int]]:
+    """First tick and length of the windows that cover a session, the first one shortened by ``phase`` ticks."""
+    end = session.first_tick + session.num_ticks
+    first, length = session.first_tick, window_ticks - phase
+    while first < end:
+        yield first, min(length, end - first)
+        first, length = first + length, window_ticks
+
+
+def make_example(
+    session: SessionData,
+    builder: SequenceBuilder,
+    first_tick: int,
+    num_ticks: int,
+    state: NDArray[np.int8],
+    words: Sequence[Words],
+) -> Example:
+    """A window with its features and true labels.
+
+    Args:
+        state: int8 ``[K]``, the state to show before ``first_tick``: the true one, or a predicted one.
+        words: the utterances to write into it.
+    """
+    window = builder.window(session.goal, session.step_names, state, first_tick, num_ticks, words)
+    here = slice(first_tick - session.first_tick, first_tick - session.first_tick + num_ticks)
+    return Example(
+        window=window,
+        features=session.features(first_tick, num_ticks),
+        speak=session.truth.speak[here],
+        update=session.truth.dst_update[here],
+        state=session.truth.state[here][:, window.shown],
+    )
+
+
+def with_noise(state: NDArray[np.int8], noise: float, rng: np.random.Generator) -> NDArray[np.int8]:
+    """A state ``[K]`` of which each step is another one with the chance ``noise``: so it is where it is predicted."""
+    wrong = (state + rng.integers(1, 3, len(state))) % 3
+    return np.where(rng.random(len(state)) < noise, wrong, state).astype(np.int8)
+
+
+class TrainingWindows:
+    """Batches of windows in an order that depends on (seed, epoch) alone.
+
+    Every epoch cuts each session at another phase and covers each of its ticks once.
+    """
+
+    def __init__(
+        self,
+        sessions: list[SessionData],
+        builder: SequenceBuilder,
+        window_ticks: int,
+        batch_windows: int,
+        noise: float,
+        seed: int,
+    ) -> None:
+        self.sessions, self.builder = sessions, builder
+        self.window_ticks, self.batch_windows = window_ticks, batch_windows
+        self.noise, self.seed = noise, seed
+
+    def epoch(self, epoch: int) -> Iterator[list[Example]]:
+        """The batches of one epoch; the last may be smaller."""
+        rng = np.random.default_rng([self.seed, epoch])
+        index = [
+            (session, first, length)
+            for session in self.sessions
+            for first, length in window_starts(
+                session, self.window_ticks, int(rng.integers(self.window_ticks))
+            )
+        ]
+        order = rng.permutation(len(index))
+        for start in range(0, len(order), self.batch_windows):
+            chosen = [index[i] for i in order[start : start + self.batch_windows]]
+            yield [self._example(session, first, length, rng) for session, first, length in chosen]
+
+    def _example(self, session: SessionData, first: int, length: int, rng: np.random.Generator) -> Example:
+        state = with_noise(session.state_before(first), self.noise, rng)
+        return make_example(session, self.builder, first, length, state, session.words)

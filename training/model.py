@@ -1,0 +1,184 @@
+"""SmolVLM2's language model with a visual adapter and exactly four heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+from training.batch import Batch
+
+
+class DSTSmolVLMConfig(SmolVLMConfig):
+    """A SmolVLM configuration with what the dialog model adds.
+
+    Args:
+        visual_adapter: ``identity`` lets every cached token in; ``fuse`` projects a tick's tokens to
+            ``visual_tokens``.
+        cached_tokens: tokens a tick in the feature cache.
+        visual_tokens: tokens a tick in the sequence.
+        with_vision: whether the vision tower and connector are part of the model; training needs neither.
+        window_ticks, max_plan_steps, memory_turns: how windows are written; a live run must do the same.
+        speaking_threshold, dst_update_threshold: chosen on the validation part.
+    """
+
+    model_type = "dst_smolvlm"
+
+    visual_adapter: Literal["identity", "fuse"] = "fuse"
+    cached_tokens: int = 64
+    visual_tokens: int = 1
+    with_vision: bool = False
+    tick_hz: float = 2.0
+    window_ticks: int = 64
+    max_plan_steps: int = 24
+    memory_turns: int = 2
+    speaking_threshold: float = 0.5
+    dst_update_threshold: float = 0.5
+
+
+@dataclass
+class HeadOutputs:
+    """What the heads say: float32 logits.
+
+    ``speaking`` and ``dst_update`` ``[N, 2]`` for N ticks, ``dst_state`` ``[N, K, 3]``, ``response``
+    ``[R, vocabulary]`` for the R labelled positions.
+    """
+
+    speaking: torch.Tensor
+    dst_update: torch.Tensor
+    dst_state: torch.Tensor
+    response: torch.Tensor
+
+
+class VisualAdapter(nn.Module):
+    """A tick's cached tokens to the tokens that enter the language model."""
+
+    def __init__(self, config: DSTSmolVLMConfig) -> None:
+        super().__init__()
+        self.out_tokens = config.visual_tokens
+        width = config.text_config.hidden_size
+        if config.visual_adapter == "identity" and config.visual_tokens != config.cached_tokens:
+            raise ValueError(
+                f"the identity adapter keeps all {config.cached_tokens} tokens, not {config.visual_tokens}"
+            )
+        self.fuse = (
+            nn.Linear(config.cached_tokens * width, config.visual_tokens * width)
+            if config.visual_adapter == "fuse"
+            else None
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """``[N, cached_tokens, H]`` to ``[N, visual_tokens, H]``."""
+        if self.fuse is None:
+            return features
+        return self.fuse(features.flatten(1)).view(len(features), self.out_tokens, -1)
+
+
+class StateHead(nn.Module):
+    """Scores each pair of a tick and a step: bilinear in their hidden states, so plans may have any length."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bilinear = nn.Linear(width, 3 * width)
+        self.scale = width**-0.5
+
+    def forward(self, ticks: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Ticks ``[N, H]`` and the steps of each tick's plan ``[N, K, H]`` to logits ``[N, K, 3]``."""
+        queries = self.bilinear(ticks).view(len(ticks), 3, -1)
+        return torch.einsum("nch,nkh->nkc", queries, steps) * self.scale
+
+
+class DSTSmolVLM(SmolVLMForConditionalGeneration):
+    """The dialog model. Its heads work in float32 whatever the backbone's type is.
+
+    Heads 1 ``speaking_head`` and 2 ``dst_update_head`` decide at each tick, head 3 `response_head` is the
+    vocabulary projection, head 4 ``dst_state_head`` scores (tick, step) pairs.
+    """
+
+    config_class = DSTSmolVLMConfig
+    _keys_to_ignore_on_load_unexpected = (r"model\.vision_model\..*", r"model\.connector\..*")
+
+    def __init__(self, config: DSTSmolVLMConfig) -> None:
+        super().__init__(config)
+        if not config.with_vision:
+            del self.model.vision_model, self.model.connector
+        width = config.text_config.hidden_size
+        self.visual_adapter = VisualAdapter(config)
+        self.speaking_head = nn.Linear(width, 2)
+        self.dst_update_head = nn.Linear(width, 2)
+        self.dst_state_head = StateHead(width)
+        self.post_init()
+
+    @property
+    def response_head(self) -> nn.Linear:
+        """The language model's own vocabulary projection."""
+        return self.lm_head
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor, visual_at: torch.Tensor) -> torch.Tensor:
+        """Token embeddings with the visual tokens in their places.
+
+        Args:
+            tokens: int64 ``[B, L]``.
+            features: ``[N, cached_tokens, H]`` of all ticks, in the order of ``visual_at``.
+            visual_at: int64 ``[N * visual_tokens]``, indices into the flattened ``[B * L]``.
+        """
+        embedded = self.get_input_embeddings()(tokens)
+        visual = self.visual_adapter(features.to(embedded.dtype)).flatten(0, 1)
+        flat = embedded.flatten(0, 1).index_copy(0, visual_at, visual.to(embedded.dtype))
+        return flat.view_as(embedded)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states of a batch, ``[B * L, H]``."""
+        return self._trunk(batch, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def hidden_with_cache(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        """Last hidden states ``[B * L, H]``, and the keys and values to go on from."""
+        out = self._trunk(batch, use_cache=True)
+        return out.last_hidden_state.flatten(0, 1), out.past_key_values
+
+    def _trunk(self, batch: Batch, use_cache: bool) -> Any:
+        return self.model.text_model(
+            inputs_embeds=self.embed(batch.tokens, batch.features, batch.visual_at),
+            attention_mask=batch.additive_mask(self.dtype),
+            position_ids=batch.positions,
+            use_cache=use_cache,
+        )
+
+    def decide(
+        self, ticks: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Heads 1, 2 and 4 on hidden states of ticks ``[N, H]`` and of their plans' steps ``[N, K, H]``."""
+        ticks, steps = ticks.float(), steps.float()
+        return self.speaking_head(ticks), self.dst_update_head(ticks), self.dst_state_head(ticks, steps)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head 3 on hidden states ``[R, H]``: float32 logits ``[R, vocabulary]``."""
+        return nn.functional.linear(hidden.float(), self.response_head.weight.float())
+
+    def forward(self, batch: Batch) -> HeadOutputs:
+        """All four heads on a batch of packed windows."""
+        hidden = self.hidden(batch)
+        steps = hidden[batch.step_at][batch.window_of_tick]
+        speaking, update, state = self.decide(hidden[batch.tick_at], steps)
+        return HeadOutputs(speaking, update, state, self.project(hidden[batch.response_at]))
+
+
+def from_backbone(folder: Any, config_changes: dict[str, Any], seed: int) -> DSTSmolVLM:
+    """The dialog model on a SmolVLM2 checkpoint's language model; adapter and new heads start from ``seed``.
+
+    Neither vision tower nor connector is loaded.
+    """
+    config = DSTSmolVLMConfig.from_pretrained(folder, **config_changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, loading = DSTSmolVLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    new = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
+    missing = [key for key in loading["missing_keys"] if not key.startswith(new)]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of the language model, such as {missing[0]}")
+    return model

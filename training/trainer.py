@@ -1,0 +1,247 @@
+"""Trains the dialog model on cached features: one optimizer, the weighted sum of four losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer
+
+from pipeline.shards import ShardCache
+from schemas.checkpoints import checkpoint_folder
+from schemas.errors import UserError
+from schemas.files import replacing_folder, write_text
+from training.batch import Batch, Example, collate
+from training.data import SessionData, TrainingWindows, load_sessions
+from training.losses import loss_parts
+from training.metrics import best_threshold, score
+from training.model import DSTSmolVLM, from_backbone
+from training.plots import curves_picture
+from training.recipe import LossSettings, Recipe
+from training.rollout import Thresholds, decide_teacher, traces_of_teacher
+from training.sequence import SequenceBuilder
+
+HEADS = ("speaking", "dst_update", "response", "dst_state")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told after each step: the row that goes into the log."""
+
+    step: int
+    row: dict[str, float]
+
+
+def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, Any, SequenceBuilder]:
+    """The untrained model of a recipe for a cache, its tokenizer and its sequence builder.
+
+    Raises:
+        UserError: the checkpoint is not there, or its features are not those of the cache.
+    """
+    folder = checkpoint_folder(recipe.model.init)
+    fingerprint = cache.fingerprint
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width = raw.get("text_config", {}).get("hidden_size")
+    if width != fingerprint.dim:
+        raise UserError(
+            f"{cache.folder} holds features of width {fingerprint.dim}, the model {recipe.model.init} has {width}; "
+            "set model.init to the checkpoint the cache was made with"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    identity = recipe.model.visual_adapter == "identity"
+    changes = {
+        "visual_adapter": recipe.model.visual_adapter,
+        "cached_tokens": fingerprint.tokens_per_frame,
+        "visual_tokens": fingerprint.tokens_per_frame if identity else recipe.model.visual_tokens,
+        "tick_hz": fingerprint.tick_hz,
+        "window_ticks": recipe.data.window_ticks,
+        "max_plan_steps": recipe.data.max_plan_steps,
+        "memory_turns": recipe.data.memory_turns,
+    }
+    model = from_backbone(folder, changes, recipe.train.seed)
+    return model, tokenizer, builder_of(model, tokenizer)
+
+
+def builder_of(model: DSTSmolVLM, tokenizer: Any) -> SequenceBuilder:
+    """The sequence builder a model was or will be trained with."""
+    config = model.config
+    return SequenceBuilder(tokenizer, config.visual_tokens, config.max_plan_steps, config.memory_turns)
+
+
+def compute_losses(
+    model: torch.nn.Module, batch: Batch, settings: LossSettings, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """The loss of each head on one batch, each divided by its labels on all machines."""
+    out = model(batch)
+    losses = {}
+    for head in HEADS:
+        chosen = getattr(settings, head)
+        parts = loss_parts(
+            chosen.loss, getattr(out, head), getattr(batch, head), gamma=chosen.gamma, alpha=chosen.alpha
+        )
+        counts = accelerator.reduce(parts.counts, "sum")
+        # Gradients are averaged over machines: what divides by all labels must be scaled back up.
+        losses[head] = parts.mean(counts) * accelerator.num_processes
+    return losses
+
+
+def train(
+    shards: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, float]:
+    """Train a model and leave ``recipe.yaml``, ``log.jsonl``, ``curves.png`` and ``checkpoints`` in ``out``.
+
+    Returns:
+        The validation scores of the best checkpoint.
+
+    Raises:
+        UserError: the run's folder is in use, the cache has no train or val part, or a loss is not a number.
+    """
+    if (out / "log.jsonl").exists():
+        raise UserError(f"{out} holds a run already; give another --out, or remove it")
+    accelerator = Accelerator(cpu=device == "cpu")
+    cache = ShardCache(shards)
+    training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
+    model, tokenizer, builder = build(recipe, cache)
+    windows = TrainingWindows(
+        training,
+        builder,
+        recipe.data.window_ticks,
+        recipe.data.batch_windows,
+        recipe.data.state_noise,
+        recipe.train.seed,
+    )
+    optimizer = make_optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    torch.manual_seed(recipe.train.seed)
+    best: dict[str, float] = {"val/combined": -math.inf}
+    rows: list[dict[str, float]] = []
+    with (out / "log.jsonl").open("w", encoding="utf-8") as log:
+        for step, (epoch, examples) in enumerate(_batches(windows, recipe.train.steps), 1):
+            batch = collate(examples, recipe.data.max_seq_len, builder.pad_token).to(accelerator.device)
+            prepared.train()
+            losses = compute_losses(prepared, batch, recipe.losses, accelerator)
+            total = torch.stack([getattr(recipe.losses, head).weight * losses[head] for head in HEADS]).sum()
+            _require_finite(losses, step, examples)
+            accelerator.backward(total)
+            norm = accelerator.clip_grad_norm_(prepared.parameters(), recipe.train.clip_norm)
+            row: dict[str, float] = {
+                "step": step,
+                "epoch": epoch,
+                "train/lr": float(schedule.get_last_lr()[0]),
+            }
+            row |= {f"train/loss_{head}": round(losses[head].item(), 6) for head in HEADS}
+            row |= {"train/loss": round(total.item(), 6), "train/grad_norm": round(float(norm), 6)}
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % recipe.train.eval_every == 0 or step == recipe.train.steps:
+                row |= validate(model, builder, validation)
+                _save(model, tokenizer, out / "checkpoints" / "latest")
+                if row["val/combined"] > best["val/combined"]:
+                    best = {
+                        "step": step,
+                        **{key: value for key, value in row.items() if key.startswith("val/")},
+                    }
+                    _save(model, tokenizer, out / "checkpoints" / "best")
+            rows.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            on_step(Progress(step, row))
+    curves_picture(rows, out / "curves.png")
+    return best
+
+
+def make_optimizer(model: DSTSmolVLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, a learning rate of their own for what starts from nothing."""
+    new = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith(new), parameter.ndim > 1), []).append(parameter)
+    settings = recipe.train
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": settings.head_lr if is_new else settings.lr,
+                "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            }
+            for (is_new, is_matrix), parameters in groups.items()
+        ],
+        betas=(0.9, 0.95),
+    )
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to a hundredth."""
+    settings = recipe.train
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def validate(model: DSTSmolVLM, builder: SequenceBuilder, sessions: list[SessionData]) -> dict[str, float]:
+    """Choose the thresholds on the validation part, keep them in the model's config, and score with them.
+
+    States are true at the start of each window here; `dst evaluate` runs on predicted ones.
+    """
+    decisions = decide_teacher(model, builder, sessions)
+    chosen = {}
+    for head, truth in (("speaking", "speak"), ("dst_update", "dst_update")):
+        scores = np.concatenate([getattr(window, head) for windows in decisions for window in windows])
+        labels = np.concatenate([getattr(session.truth, truth) for session in sessions])
+        if not labels.any():
+            raise UserError(f"the val part has no tick for {head}; a threshold cannot be chosen on it")
+        chosen[head] = best_threshold(scores, labels)[0]
+    thresholds = Thresholds(**chosen)
+    model.config.speaking_threshold = thresholds.speaking
+    model.config.dst_update_threshold = thresholds.dst_update
+    found = score(traces_of_teacher(model, builder, sessions, decisions, thresholds))
+    return {
+        "val/speaking_f1": found["speaking"]["f1"],
+        "val/dst_update_f1": found["dst_update"]["f1"],
+        "val/dst_state_macro_f1": found["dst_state"]["macro_f1"],
+        "val/dst_state_joint": found["dst_state"]["joint"],
+        "val/dst_state_joint_near_transition": found["dst_state"]["joint_near_transition"],
+        "val/combined": found["combined"]["value"],
+    }
+
+
+def _batches(windows: TrainingWindows, steps: int) -> Iterator[tuple[int, list[Example]]]:
+    step, epoch = 0, 0
+    while True:
+        for examples in windows.epoch(epoch):
+            if step == steps:
+                return
+            yield epoch, examples
+            step += 1
+        epoch += 1
+
+
+def _require_finite(losses: dict[str, torch.Tensor], step: int, examples: list[Example]) -> None:
+    wrong = [head for head, loss in losses.items() if not torch.isfinite(loss)]
+    if wrong:
+        raise UserError(
+            f"the loss of {', '.join(wrong)} is not a number at step {step}; lower train.lr, or look at the features"
+        )
+
+
+def _save(model: DSTSmolVLM, tokenizer: Any, folder: Path) -> None:
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
