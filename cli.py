@@ -1,0 +1,443 @@
+"""The command line. Each command is one stage; torch and what needs it is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from schemas.checkpoints import DEFAULT_MODEL
+from schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.cache import Summary
+    from training.traces import Trace
+
+
+class _Commands(TyperGroup):
+    """Prints a user's mistake as one sentence, with exit status 2; ``--debug`` shows where it was found."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn procedural video and its annotations into a trained proactive assistant, stage by stage.",
+)
+
+Source = Annotated[str, typer.Option(help="The corpus.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")]
+Gpu = Annotated[int | None, typer.Option(help="Number of the GPU to use.")]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    # Read by transformers when it is imported; what matters is checked and said by the commands themselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@app.command()
+def sample(
+    source: Source = "assembly101",
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: data/SOURCE.")] = None,
+    sessions: Annotated[int, typer.Option(help="Sessions to make; every third video holds two.")] = 160,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+) -> None:
+    """Write a synthetic corpus in a corpus' official layout, real H.264 videos included.
+
+    Example: dst sample --source assembly101 --sessions 24 --seed 1
+    """
+    from pipeline.sample.assembly101 import write_sample
+
+    if source != "assembly101":
+        raise UserError(f"there is no synthetic {source!r}; known: assembly101")
+    out = out or Path("data") / source
+    with _progress("videos") as bar:
+        write_sample(out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
+    typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {out}")
+
+
+@app.command()
+def prepare(
+    source: Source = "assembly101",
+    root: Annotated[Path | None, typer.Option(help="The corpus. Default: data/SOURCE.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all label tables.")] = Path("out/labels"),
+    dialogs: Annotated[
+        Path | None, typer.Option(help="Dialogs and DST. Default: ROOT/dialogs, if there.")
+    ] = None,
+    tick_hz: Annotated[float, typer.Option(help="Ticks a second.")] = 2.0,
+    level: Annotated[str, typer.Option(help="What a step is: step (coarse) or substep (fine).")] = "step",
+    view: Annotated[
+        str | None, typer.Option(help="Camera. Default: the first of the manifest that is there.")
+    ] = None,
+) -> None:
+    """Read a corpus' annotations and write its label tables (Parquet).
+
+    Example: dst prepare --source assembly101 --root data/assembly101
+    """
+    from pipeline.prepare import prepare as run
+    from schemas.clock import Clock
+
+    if not tick_hz > 0:
+        raise UserError(f"--tick-hz must be a positive number, not {tick_hz}")
+    counts = run(source, root or Path("data") / source, out, Clock(tick_hz), dialogs, level, view)
+    _echo_table(("table", "rows"), sorted(counts.rows.items()))
+    _echo_table(("split", "sessions"), sorted(counts.sessions.items()))
+    if counts.rejects:
+        _echo_table(("not used, because", "times"), sorted(counts.rejects.items()))
+        typer.echo(f"each with its file and place in {out / source / 'rejects.parquet'}")
+    if counts.joined_turns:
+        typer.echo(f"{counts.joined_turns} assistant turns were joined to an earlier one on their tick")
+    typer.echo(f"labels in {out / source}; next: dst cache-features --labels {out}")
+
+
+@app.command("init-model")
+def init_model(
+    preset: Annotated[
+        str, typer.Option(help="tiny, smolvlm2-256m, smolvlm2-500m or smolvlm2-2.2b.")
+    ] = "tiny",
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: models/PRESET.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the weights.")] = 0,
+) -> None:
+    """Write a checkpoint of SmolVLM2's architecture with random weights and its own tokenizer.
+
+    Example: dst init-model --preset tiny --out models/tiny
+    """
+    from pipeline.presets import init_model as run
+
+    out = out or Path("models") / preset
+    run(preset, out, seed)
+    typer.echo(f"random checkpoint in {out}")
+
+
+@app.command("cache-features")
+def cache_features(
+    gpu: Gpu = None,
+    device: Device = None,
+    labels: Annotated[Path, typer.Option(help="Label tables of one or all corpora.")] = Path("out/labels"),
+    out: Annotated[Path, typer.Option(help="Folder of the shards.")] = Path("out/shards"),
+    model: Annotated[str, typer.Option(help="A checkpoint: a hub name or a folder.")] = DEFAULT_MODEL,
+    tokens_per_frame: Annotated[
+        int | None, typer.Option(help="Average the token grid down to so many. Default: all.")
+    ] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a vision shard, in MB.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames at once in the vision tower.")] = 16,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make shards with failures again.")
+    ] = False,
+) -> None:
+    """Decode the videos, run vision tower and connector once over each tick, write shard pairs.
+
+    Run it again after an interruption: finished shards are kept. Exit status 1 when something failed.
+
+    Example: dst cache-features --gpu 0 --model models/tiny
+    """
+    chosen = _choose_device(gpu, device)
+    from pipeline.cache import cache_features as run
+    from pipeline.vision import VisionEncoder
+    from schemas.checkpoints import checkpoint_folder
+
+    encoder = VisionEncoder(checkpoint_folder(model), chosen, tokens_per_frame)
+    began = time.perf_counter()
+    with _progress("ticks") as bar:
+        summary = run(
+            labels,
+            out,
+            encoder,
+            shard_mb=shard_mb,
+            batch_size=batch_size,
+            retry_failed=retry_failed,
+            on_plan=lambda plans, ticks: bar.start(ticks),
+            on_tick=bar.advance,
+        )
+    _echo_summary(summary, time.perf_counter() - began, out)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    shards: Annotated[Path, typer.Option(help="The feature cache.")] = Path("out/shards"),
+    recipe: Annotated[str | None, typer.Option(help="A packaged recipe (tiny) or a YAML file.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one value: section.key=value.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: out/runs/RECIPE.")] = None,
+    gpu: Gpu = None,
+    device: Device = None,
+) -> None:
+    """Train language model, adapter and the four heads on cached features.
+
+    Example: dst train --shards out/shards --recipe tiny --set train.steps=200
+    """
+    from training.recipe import load_recipe
+
+    settings = load_recipe(recipe, set_ or [])
+    chosen = _choose_device(gpu, device)
+    from training.trainer import train as run
+
+    out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
+    with _progress("steps") as bar:
+        bar.start(settings.train.steps)
+
+        def on_step(row: dict[str, float]) -> None:
+            bar.advance(1, f"loss {row['train/loss']:.3f}")
+            if "val/combined" in row:
+                bar.say(_validation_line(row))
+
+        best = run(shards, settings, out, device=chosen, on_step=on_step)
+    typer.echo(
+        f"best at step {best['step']:.0f} (val combined {best['val/combined']:.3f}) in {out / 'checkpoints/best'}"
+    )
+    typer.echo(f"curves in {out / 'curves.png'}; next: dst evaluate --run {out}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Option(help="A run made by dst train.")],
+    shards: Annotated[
+        Path | None, typer.Option(help="The cache. Default: the one it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    checkpoint: Annotated[str, typer.Option(help="best or latest.")] = "best",
+    gpu: Gpu = None,
+    device: Device = None,
+) -> None:
+    """Score a run free-running, on its own state and words, beside baselines that never look.
+
+    Example: dst evaluate --run out/runs/tiny --split test
+    """
+    chosen = _choose_device(gpu, device)
+    metrics, traces = _evaluated(run, shards, split, checkpoint, chosen)
+    _echo_metrics(metrics)
+    _write_timeline(run, shards, traces)
+    typer.echo(f"all scores in {run / 'metrics.json'}, one session's timeline in {run / 'timeline.png'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")
+    ] = Path("out/demo"),
+    sessions: Annotated[int, typer.Option(help="Synthetic sessions.")] = 160,
+    seed: Annotated[int, typer.Option(help="Of corpus, weights and order.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: the recipe's.")] = None,
+) -> None:
+    """All stages on a synthetic corpus on the CPU, with a blind control: watch the system learn.
+
+    Example: dst demo --out out/demo --seed 1
+    """
+    from schemas.files import write_text
+
+    began = time.perf_counter()
+    _clear_demo(out)
+    corpus, labels, shards, model = (
+        out / "data/assembly101",
+        out / "labels",
+        out / "shards",
+        out / "models/tiny",
+    )
+    changes = [f"model.init={model}", f"train.seed={seed}", *([f"train.steps={steps}"] if steps else [])]
+    _stage("1/6 sample: a synthetic corpus in Assembly101's layout")
+    sample("assembly101", corpus, sessions, seed)
+    _stage("2/6 prepare: annotations to label tables")
+    prepare("assembly101", corpus, labels)
+    _stage("3/6 cache-features: every tick once through the vision tower")
+    init_model("tiny", model, seed)
+    cache_features(device="cpu", labels=labels, out=shards, model=str(model))
+    _stage("4/6 train")
+    train(shards, "tiny", changes, out / "runs/tiny", device="cpu")
+    _stage("5/6 train the blind control: the same, with all features zero")
+    train(shards, "tiny", [*changes, "data.blind=true"], out / "runs/blind", device="cpu")
+    _stage("6/6 evaluate on the held-out test sessions")
+    metrics, traces = _evaluated(out / "runs/tiny", None, "test", "best", "cpu")
+    blind, _ = _evaluated(out / "runs/blind", None, "test", "best", "cpu")
+    metrics["blind"] = {key: value for key, value in blind.items() if key not in ("baselines", "about")}
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _echo_metrics(metrics)
+    _write_timeline(out / "runs/tiny", None, traces)
+    typer.echo(f"{(time.perf_counter() - began) / 60:.1f} minutes. Where things lie:")
+    places = {
+        "labels": labels / "assembly101/frames.parquet",
+        "features": shards,
+        "scores": out / "metrics.json",
+        "timeline": out / "runs/tiny/timeline.png",
+        "curves": out / "runs/tiny/curves.png",
+        "model": out / "runs/tiny/checkpoints/best",
+    }
+    for name, place in places.items():
+        typer.echo(f"  {name:9} {place}")
+
+
+def _choose_device(gpu: int | None, device: str | None) -> str:
+    """What to run on; says it in one line when the user has not."""
+    import torch
+
+    if gpu is not None:
+        if gpu >= torch.cuda.device_count() or gpu < 0:
+            raise UserError(
+                f"there is no GPU {gpu} here ({torch.cuda.device_count()} found); use --device cpu"
+            )
+        return f"cuda:{gpu}"
+    if device is not None:
+        if device not in ("cpu", "cuda"):
+            raise UserError(f"unknown --device {device!r}; use cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("there is no GPU here; use --device cpu")
+        return device
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    typer.echo("using the GPU" if chosen == "cuda" else "no GPU found: using the CPU")
+    return chosen
+
+
+class _Bar:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.rich = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task: Any = None
+
+    def start(self, total: int) -> None:
+        self.task = self.rich.add_task("", total=total, note="")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.rich.update(self.task, advance=amount, note=note)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[_Bar]:
+    bar = _Bar(unit)
+    with bar.rich:
+        yield bar
+
+
+def _echo_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(header):
+        table.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(file=sys.stdout).print(table)
+
+
+def _echo_summary(summary: Summary, seconds: float, out: Path) -> None:
+    stages = [
+        (stage, round(taken, 1)) for stage, taken in sorted(summary.seconds.items(), key=lambda s: -s[1])
+    ]
+    _echo_table(("stage", "seconds"), [(stage, f"{taken:.1f}") for stage, taken in stages])
+    rate = f", {summary.ticks / seconds:.0f} ticks a second" if summary.ticks else ""
+    typer.echo(
+        f"{summary.ticks} ticks encoded in {seconds:.1f} s{rate}; decoding runs beside encoding; "
+        f"{summary.shards_made} shards made, {summary.shards_kept} kept, in {out}"
+    )
+    if summary.failures:
+        for failure in summary.failures[:10]:
+            typer.secho(f"failed: {failure['id']}: {failure['reason']}", fg="red", err=True)
+        typer.secho(
+            f"{len(summary.failures)} failed, all listed in {out / 'ledger.jsonl'}", fg="red", err=True
+        )
+    else:
+        typer.echo(f"next: dst train --shards {out}")
+
+
+def _validation_line(row: dict[str, float]) -> str:
+    scores = ", ".join(
+        f"{key.removeprefix('val/')} {value:.3f}" for key, value in row.items() if key[:4] == "val/"
+    )
+    return f"step {row['step']:.0f}: {scores}"
+
+
+def _evaluated(
+    run: Path, shards: Path | None, split: str, checkpoint: str, device: str
+) -> tuple[dict[str, Any], list[Trace]]:
+    from training.evaluate import evaluate as score_run
+
+    return score_run(run, shards, split=split, checkpoint=checkpoint, device=device)
+
+
+def _echo_metrics(metrics: dict[str, Any]) -> None:
+    from training.evaluate import TABLE, table_rows
+
+    about = metrics["about"]
+    typer.echo(f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, free-running")
+    _echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
+
+
+def _write_timeline(run: Path, shards: Path | None, traces: list[Trace]) -> None:
+    """The picture of the middle session; without its frames where the video is gone."""
+    from pipeline.decode import DecodeError, tick_frames
+    from pipeline.shards import ShardCache
+    from schemas.clock import Clock
+    from training.evaluate import middle_trace
+    from training.plots import timeline_picture
+
+    trace = middle_trace(traces)
+    shards = shards or Path(json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"])
+    session = ShardCache(shards).session(trace.session_id)
+    last = session.first_tick + session.num_ticks - 1
+    wanted = {session.first_tick + i * (session.num_ticks - 1) // 7 for i in range(8)}
+    frames = []
+    try:
+        for frame in tick_frames(
+            session.meta["uri"], Clock(trace.tick_hz), last, session.meta["rotation_deg"]
+        ):
+            if frame.tick in wanted:
+                frames.append((frame.tick, frame.image))
+    except DecodeError as error:
+        typer.echo(f"the timeline has no frames: {error}", err=True)
+    timeline_picture(trace, frames, run / "timeline.png", f"{session.meta['goal']} ({trace.session_id})")
+
+
+def _clear_demo(out: Path) -> None:
+    """Remove an earlier demo, and nothing else."""
+    mark = out / ".dst-demo"
+    if out.exists() and any(out.iterdir()):
+        if not mark.is_file():
+            raise UserError(f"{out} is not empty and not an earlier demo; give another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _stage(title: str) -> None:
+    typer.secho(f"\n== {title}", bold=True)

@@ -231,6 +231,7 @@ def _decoded_chunks(
 def _make_labels(plan: ShardPlan, out: Path, tables: LabelTables, ledger: Ledger, summary: Summary) -> None:
     vision = TarReader(out / f"{shard_stem('vision', plan.number)}.tar")
     path = out / f"{shard_stem('labels', plan.number)}.tar"
+    videos = {video["video_id"]: video for video in plan.videos}
     records: dict[str, dict[str, bytes]] = {}
     failures: list[dict[str, str]] = []
     began = time.perf_counter()
@@ -241,7 +242,7 @@ def _make_labels(plan: ShardPlan, out: Path, tables: LabelTables, ledger: Ledger
             reason = f"needs {needed} ticks of {session['video_id']}, the video has {cached}"
             failures.append({"id": session["session_id"], "reason": reason})
             continue
-        records[session["session_id"]] = _label_record(session, tables)
+        records[session["session_id"]] = _label_record(session, videos[session["video_id"]], tables)
     digest = hashlib.sha256()
     for members in records.values():
         for data in members.values():
@@ -264,7 +265,7 @@ def _cached_ticks(vision: TarReader, video_id: str) -> int:
     return ticks
 
 
-def _label_record(session: dict[str, Any], tables: LabelTables) -> dict[str, bytes]:
+def _label_record(session: dict[str, Any], video: dict[str, Any], tables: LabelTables) -> dict[str, bytes]:
     session_id = session["session_id"]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, TABLES["frames"]) as writer:
@@ -274,5 +275,7 @@ def _label_record(session: dict[str, Any], tables: LabelTables) -> dict[str, byt
         "frames.arrow": sink.getvalue().to_pybytes(),
         "turns.json": json.dumps(turns).encode(),
         "steps.json": json.dumps(steps).encode(),
-        "meta.json": json.dumps(session).encode(),
+        "meta.json": json.dumps(
+            {**session, "uri": video["uri"], "rotation_deg": video["rotation_deg"]}
+        ).encode(),
     }

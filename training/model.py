@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from schemas.errors import UserError
 from training.batch import Batch
+
+NEW_PARTS = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
+"""Parameters that a SmolVLM2 checkpoint does not have."""
 
 
 class DSTSmolVLMConfig(SmolVLMConfig):
@@ -166,19 +171,49 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         return HeadOutputs(speaking, update, state, self.project(hidden[batch.response_at]))
 
 
-def from_backbone(folder: Any, config_changes: dict[str, Any], seed: int) -> DSTSmolVLM:
+def from_backbone(folder: Path, config_changes: dict[str, Any], seed: int) -> DSTSmolVLM:
     """The dialog model on a SmolVLM2 checkpoint's language model; adapter and new heads start from ``seed``.
 
     Neither vision tower nor connector is loaded.
+
+    Raises:
+        UserError: the checkpoint lacks tensors of the language model.
     """
-    config = DSTSmolVLMConfig.from_pretrained(folder, **config_changes)
+    backbone = SmolVLMConfig.from_pretrained(folder).to_dict()
+    backbone.pop("model_type")
+    config = DSTSmolVLMConfig(**{**backbone, **config_changes, "architectures": ["DSTSmolVLM"]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, loading = DSTSmolVLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    new = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
-    missing = [key for key in loading["missing_keys"] if not key.startswith(new)]
+        model, loading = _load(folder, config=config)
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(NEW_PARTS))
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of the language model, such as {missing[0]}")
+        raise UserError(f"{folder} lacks {len(missing)} tensors of the language model, such as {missing[0]}")
     return model
+
+
+def load_trained(folder: Path) -> DSTSmolVLM:
+    """A trained checkpoint, bit for bit as it was saved.
+
+    Raises:
+        UserError: not a checkpoint of this model, or an incomplete one.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint (no config.json); give a run of 'dst train'")
+    config = DSTSmolVLMConfig.from_pretrained(folder)
+    if config.architectures != ["DSTSmolVLM"]:
+        raise UserError(f"{folder} holds {config.architectures}, not a trained dialog model")
+    model, loading = _load(folder, config=config)
+    if loading["missing_keys"]:
+        raise UserError(f"{folder} lacks {len(loading['missing_keys'])} tensors; it was not saved whole")
+    return model
+
+
+def _load(folder: Path, config: DSTSmolVLMConfig) -> tuple[DSTSmolVLM, dict[str, Any]]:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # which tensors are new is checked here, not reported as a table
+    logging.disable_progress_bar()
+    loaded: tuple[DSTSmolVLM, dict[str, Any]] = DSTSmolVLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    return loaded

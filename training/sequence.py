@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class SequenceBuilder:
         self.visual_tokens = visual_tokens
         self.max_plan_steps = max_plan_steps
         self.memory_turns = memory_turns
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.image_id = tokenizer.convert_tokens_to_ids("<image>")
         if self.image_id is None or self.image_id == tokenizer.unk_token_id:
             raise UserError("the checkpoint's tokenizer has no <image> token; give a SmolVLM2 checkpoint")
@@ -85,15 +86,23 @@ class SequenceBuilder:
         if self.end_of_utterance == self.pad_token:
             raise UserError("the checkpoint pads with its end-of-utterance token; set another pad_token")
 
+    @classmethod
+    def of(cls, folder: Path, config: Any) -> SequenceBuilder:
+        """The builder of a trained checkpoint: its tokenizer, and windows written as in its training."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(tokenizer, config.visual_tokens, config.max_plan_steps, config.memory_turns)
+
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _template(self, role: str, first: bool) -> tuple[str, str]:
         """What the chat template puts before and after a message; a space before the text goes with the text."""
 
         def render(*messages: tuple[str, str]) -> str:
             parts = [{"role": r, "content": [{"type": "text", "text": text}]} for r, text in messages]
-            return str(self._tokenizer.apply_chat_template(parts, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(parts, tokenize=False))
 
         opening = "" if first else render(("system", "-"))
         rendered = render((role, _MARK)) if first else render(("system", "-"), (role, _MARK))
@@ -119,7 +128,7 @@ class SequenceBuilder:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The words of an answer's tokens."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def window(
         self,

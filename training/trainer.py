@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from transformers import AutoTokenizer
 
 from pipeline.shards import ShardCache
 from schemas.checkpoints import checkpoint_folder
@@ -22,7 +20,7 @@ from training.batch import Batch, Example, collate
 from training.data import SessionData, TrainingWindows, load_sessions
 from training.losses import loss_parts
 from training.metrics import best_threshold, score
-from training.model import DSTSmolVLM, from_backbone
+from training.model import NEW_PARTS, DSTSmolVLM, from_backbone
 from training.plots import curves_picture
 from training.recipe import LossSettings, Recipe
 from training.rollout import Thresholds, decide_teacher, traces_of_teacher
@@ -31,16 +29,8 @@ from training.sequence import SequenceBuilder
 HEADS = ("speaking", "dst_update", "response", "dst_state")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is told after each step: the row that goes into the log."""
-
-    step: int
-    row: dict[str, float]
-
-
-def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, Any, SequenceBuilder]:
-    """The untrained model of a recipe for a cache, its tokenizer and its sequence builder.
+def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilder]:
+    """The untrained model of a recipe for a cache, and its sequence builder.
 
     Raises:
         UserError: the checkpoint is not there, or its features are not those of the cache.
@@ -54,7 +44,6 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, Any, SequenceB
             f"{cache.folder} holds features of width {fingerprint.dim}, the model {recipe.model.init} has {width}; "
             "set model.init to the checkpoint the cache was made with"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = recipe.model.visual_adapter == "identity"
     changes = {
         "visual_adapter": recipe.model.visual_adapter,
@@ -66,13 +55,7 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, Any, SequenceB
         "memory_turns": recipe.data.memory_turns,
     }
     model = from_backbone(folder, changes, recipe.train.seed)
-    return model, tokenizer, builder_of(model, tokenizer)
-
-
-def builder_of(model: DSTSmolVLM, tokenizer: Any) -> SequenceBuilder:
-    """The sequence builder a model was or will be trained with."""
-    config = model.config
-    return SequenceBuilder(tokenizer, config.visual_tokens, config.max_plan_steps, config.memory_turns)
+    return model, SequenceBuilder.of(folder, model.config)
 
 
 def compute_losses(
@@ -98,9 +81,9 @@ def train(
     out: Path,
     *,
     device: str,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> dict[str, float]:
-    """Train a model and leave ``recipe.yaml``, ``log.jsonl``, ``curves.png`` and ``checkpoints`` in ``out``.
+    """Train a model. ``out`` gets recipe.yaml, run.json, log.jsonl, curves.png and checkpoints.
 
     Returns:
         The validation scores of the best checkpoint.
@@ -113,7 +96,7 @@ def train(
     accelerator = Accelerator(cpu=device == "cpu")
     cache = ShardCache(shards)
     training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
-    model, tokenizer, builder = build(recipe, cache)
+    model, builder = build(recipe, cache)
     windows = TrainingWindows(
         training,
         builder,
@@ -126,7 +109,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
     prepared, optimizer = accelerator.prepare(model, optimizer)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_text(out / "run.json", json.dumps({"shards": str(shards)}) + "\n")
     torch.manual_seed(recipe.train.seed)
     best: dict[str, float] = {"val/combined": -math.inf}
     rows: list[dict[str, float]] = []
@@ -151,27 +135,26 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if step % recipe.train.eval_every == 0 or step == recipe.train.steps:
                 row |= validate(model, builder, validation)
-                _save(model, tokenizer, out / "checkpoints" / "latest")
+                _save(model, builder, out / "checkpoints" / "latest")
                 if row["val/combined"] > best["val/combined"]:
                     best = {
                         "step": step,
                         **{key: value for key, value in row.items() if key.startswith("val/")},
                     }
-                    _save(model, tokenizer, out / "checkpoints" / "best")
+                    _save(model, builder, out / "checkpoints" / "best")
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            on_step(Progress(step, row))
+            on_step(row)
     curves_picture(rows, out / "curves.png")
     return best
 
 
 def make_optimizer(model: DSTSmolVLM, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices only, a learning rate of their own for what starts from nothing."""
-    new = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith(new), parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((name.startswith(NEW_PARTS), parameter.ndim > 1), []).append(parameter)
     settings = recipe.train
     return torch.optim.AdamW(
         [
@@ -241,7 +224,7 @@ def _require_finite(losses: dict[str, torch.Tensor], step: int, examples: list[E
         )
 
 
-def _save(model: DSTSmolVLM, tokenizer: Any, folder: Path) -> None:
+def _save(model: DSTSmolVLM, builder: SequenceBuilder, folder: Path) -> None:
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        builder.tokenizer.save_pretrained(temporary)

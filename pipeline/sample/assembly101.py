@@ -34,13 +34,20 @@ _FINE_COLUMNS = (
 )
 
 
-def write_sample(out: Path, sessions: int, seed: int, on_video: Callable[[], None] = lambda: None) -> None:
+def write_sample(
+    out: Path,
+    sessions: int,
+    seed: int,
+    on_plan: Callable[[int], None] = lambda videos: None,
+    on_video: Callable[[], None] = lambda: None,
+) -> None:
     """Write a corpus of that many sessions; the same arguments give the same bytes.
 
     Args:
         out: a new or empty folder.
         sessions: at least 18, so that each split has some.
         seed: decides everything that is random.
+        on_plan: called once with the number of videos.
         on_video: called after each video, for a progress bar.
 
     Raises:
@@ -53,6 +60,7 @@ def write_sample(out: Path, sessions: int, seed: int, on_video: Callable[[], Non
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder with --out, or remove it first")
     recordings = make_recordings(sessions, seed)
+    on_plan(len(recordings))
     annotations = out / "annotations"
     for recording in recordings:
         for episode in recording.episodes:

@@ -96,7 +96,7 @@ def _scene(episode: Episode, frame: float) -> tuple[object, ...]:
     done = {s.part for s in episode.steps if s.end <= frame}
     placed = done if episode.task == "assembly" else set(episode.plan) - begun
     return (
-        frame >= episode.hands_at,
+        episode.hands_at <= frame < episode.hands_gone,
         held,
         tuple(sorted(placed)),
         frozenset(s.part for s in episode.upside_down if s.start <= frame < s.end),

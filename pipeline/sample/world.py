@@ -3,9 +3,10 @@
 Every moment the assistant reacts to can be seen in the picture and cannot be known without it: how long
 steps and pauses last is drawn at random. The rules of speech are fixed, so that they can be learned:
 
-- the first instruction comes when the hands come into view, some seconds after the user has told the goal;
+- the first instruction comes when the hands come into view, some seconds after the user has told the goal, and
+  the last words when they leave it;
 - a step that begins in its turn is a silent change of state; one that begins out of turn is acknowledged;
-- a finished step gets feedback and the next instruction, unless the other hand is still busy: then silence;
+- a finished step gets feedback that names the part, unless the other hand is still busy: then silence;
 - a raised hand (hesitation) gets a hint, a part held upside down a correction, a part shown to the camera after
   a question an answer, a question about what comes next an answer at once; "Okay." gets none.
 """
@@ -78,6 +79,7 @@ class Episode:
     toy: int
     plan: tuple[int, ...]  # parts, in the order of the plan
     hands_at: int = 0  # when the hands come into view
+    hands_gone: int = 0  # and when they leave it
     end: int = 0
     steps: list[Span] = field(default_factory=list)  # in the order they begin
     upside_down: list[Span] = field(default_factory=list)  # mistakes
@@ -113,7 +115,7 @@ class _Author:
     def instruction(self) -> str:
         part = self.next_part()
         assert part is not None
-        return f"{VERBS[self.episode.task]} the {part_name(part)}."
+        return f"{step_name(self.episode.task, part)}."
 
     def opening(self) -> None:
         self.wait(1.0, 3.0)
@@ -151,12 +153,14 @@ class _Author:
         self.episode.steps.append(Span(start, self.now, part, hand))
         if other_hand_busy:
             return
-        if self.next_part() is None:
-            self.say(
-                "assistant", f"Well done, the {TOYS[self.episode.toy]} is finished.", "initiative|feedback"
-            )
-        else:
-            self.say("assistant", f"Good. Next, {self.instruction()}", "initiative|instruction,feedback")
+        done = VERBS[self.episode.task] + "ed"
+        self.say("assistant", f"Good, the {part_name(part)} is {done}.", "initiative|feedback")
+
+    def closing(self) -> None:
+        """When the hands leave the picture."""
+        self.episode.hands_gone = self.wait(1.2, 3.0)
+        self.say("assistant", f"Well done, the {TOYS[self.episode.toy]} is finished.", "initiative|closing")
+        self.episode.end = self.wait(1.0, 2.0)
 
     def one_step(self, part: int) -> None:
         hand = int(self.rng.integers(2))
@@ -220,7 +224,7 @@ def make_episode(
         else:
             author.one_step(order[place])
             place += 1
-    episode.end = author.wait(1.5, 3.0)
+    author.closing()
     return episode
 
 
