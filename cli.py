@@ -62,7 +62,7 @@ def main(
 def sample(
     source: Source = "assembly101",
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: data/SOURCE.")] = None,
-    sessions: Annotated[int, typer.Option(help="Sessions to make; every third video holds two.")] = 160,
+    sessions: Annotated[int, typer.Option(help="Sessions to make; most videos hold two.")] = 180,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
 ) -> None:
     """Write a synthetic corpus in a corpus' official layout, real H.264 videos included.
@@ -241,7 +241,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")
     ] = Path("out/demo"),
-    sessions: Annotated[int, typer.Option(help="Synthetic sessions.")] = 160,
+    sessions: Annotated[int, typer.Option(help="Synthetic sessions.")] = 180,
     seed: Annotated[int, typer.Option(help="Of corpus, weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: the recipe's.")] = None,
 ) -> None:

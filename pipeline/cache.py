@@ -269,7 +269,9 @@ def _label_record(session: dict[str, Any], video: dict[str, Any], tables: LabelT
     session_id = session["session_id"]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, TABLES["frames"]) as writer:
-        writer.write_table(tables.of_session("frames", session_id).combine_chunks())
+        rows = tables.of_session("frames", session_id)
+        # copied row by row: a slice's bit maps would end in bits of the next session
+        writer.write_table(rows.take(np.arange(len(rows))).combine_chunks())
     turns, steps = (tables.of_session(name, session_id).to_pylist() for name in ("turns", "steps"))
     return {
         "frames.arrow": sink.getvalue().to_pybytes(),

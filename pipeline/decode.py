@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 GRACE = Fraction(1, 1000)
 """Seconds a frame may come after its tick and still be its frame: containers round times to a millisecond."""
 
+_MOST_B_FRAMES = 16  # in a row, as H.264 allows
+
 
 class DecodeError(Exception):
     """A video that cannot be decoded: one sentence with the file and the reason."""
@@ -117,14 +119,20 @@ def _decoded(
     path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     import av
+    from av.video.frame import PictureType
 
+    held: list[av.VideoFrame] = []  # a B picture may be drawn from a damaged one that is shown after it
     try:
         for frame in container.decode(stream):
             if frame.pts is None:
                 raise DecodeError(f"{path} has a frame without a presentation time")
             if frame.is_corrupt:
                 raise DecodeError(f"{path} is damaged at {float(frame.time or 0):.2f} s")
-            yield frame.pts, frame
+            held.append(frame)
+            if frame.pict_type != PictureType.B or len(held) == _MOST_B_FRAMES:
+                yield from ((clean.pts or 0, clean) for clean in held)
+                held.clear()
+        yield from ((clean.pts or 0, clean) for clean in held)
     except av.FFmpegError as error:
         raise DecodeError(f"{path} breaks off while decoding ({error.strerror})") from None
 

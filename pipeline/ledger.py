@@ -15,8 +15,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._last: dict[str, dict[str, Any]] = {}
+        self._cut = False  # whether the last line has no end: the next one must not go on in it
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            self._cut = not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                 except ValueError:
@@ -31,9 +34,10 @@ class Ledger:
     def add(self, path: Path, key: str, failures: list[dict[str, str]]) -> None:
         entry = {"file": path.name, "key": key, "sha256": sha256_of(path), "failures": failures}
         with self.path.open("a", encoding="utf-8") as file_out:
-            file_out.write(json.dumps(entry) + "\n")
+            file_out.write("\n" * self._cut + json.dumps(entry) + "\n")
             file_out.flush()
             os.fsync(file_out.fileno())
+        self._cut = False
         self._last[path.name] = entry
 
 
