@@ -100,7 +100,7 @@ def prepare(
     from pipeline.prepare import prepare as run
     from schemas.clock import Clock
 
-    if not tick_hz > 0:
+    if not 0 < tick_hz < float("inf"):
         raise UserError(f"--tick-hz must be a positive number, not {tick_hz}")
     counts = run(source, root or Path("data") / source, out, Clock(tick_hz), dialogs, level, view)
     _echo_table(("table", "rows"), sorted(counts.rows.items()))
@@ -300,6 +300,7 @@ def _choose_device(gpu: int | None, device: str | None) -> str:
             raise UserError(
                 f"there is no GPU {gpu} here ({torch.cuda.device_count()} found); use --device cpu"
             )
+        torch.cuda.set_device(gpu)  # what accelerate takes
         return f"cuda:{gpu}"
     if device is not None:
         if device not in ("cpu", "cuda"):
@@ -337,7 +338,7 @@ class _Bar:
         self.rich.update(self.task, advance=amount, note=note)
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -354,7 +355,7 @@ def _echo_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(header):
-        table.add_column(name, justify="right" if column else "left")
+        table.add_column(name, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(file=sys.stdout).print(table)
@@ -425,7 +426,7 @@ def _write_timeline(run: Path, shards: Path | None, traces: list[Trace]) -> None
                 frames.append((frame.tick, frame.image))
     except DecodeError as error:
         typer.echo(f"the timeline has no frames: {error}", err=True)
-    timeline_picture(trace, frames, run / "timeline.png", f"{session.meta['goal']} ({trace.session_id})")
+    timeline_picture(trace, frames, run / "timeline.png", session.meta["goal"])
 
 
 def _clear_demo(out: Path) -> None:

@@ -47,7 +47,10 @@ class Preprocessor:
             raise UserError(
                 f"{folder} has no preprocessor_config.json; give a SmolVLM2 checkpoint with --model"
             )
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = _read_json(path)
+        lacking = {"size", "max_image_size", "image_mean", "image_std"} - raw.keys()
+        if lacking:
+            raise UserError(f"{path} lacks {min(lacking)}; give a SmolVLM2 checkpoint with --model")
         if raw.get("resample", 1) != Image.Resampling.LANCZOS:
             raise UserError(f"{path} asks for resample {raw['resample']}; only 1 (Lanczos) is supported")
         return cls(
@@ -102,7 +105,7 @@ class VisionEncoder:
         from transformers import SmolVLMConfig
         from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = _read_json(folder / "config.json")
         if "vision_config" not in raw or "scale_factor" not in raw:
             raise UserError(f"{folder} is not a SmolVLM checkpoint (model type {raw.get('model_type')!r})")
         config = SmolVLMConfig.from_pretrained(folder)
@@ -114,7 +117,7 @@ class VisionEncoder:
             )
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         self.device, self.tokens, self.dim = device, side * side, config.text_config.hidden_size
-        self.tokens_per_frame = tokens_per_frame or self.tokens
+        self.tokens_per_frame = self.tokens if tokens_per_frame is None else tokens_per_frame
         self.pool = _pool_window(side, self.tokens_per_frame)
         with torch.device("meta"):
             self._modules: dict[str, Any] = {
@@ -177,18 +180,29 @@ def _pool_window(side: int, tokens_per_frame: int) -> int:
     return side // math.isqrt(tokens_per_frame)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from None
+    return raw if isinstance(raw, dict) else {}
+
+
 def _load_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Only the tensors of tower and connector; the others are never read from disk."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no *.safetensors file; download the whole checkpoint")
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _PARTS.values()}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                for prefix, name in _PARTS.items():
-                    if key.startswith(prefix):
-                        found[name][key.removeprefix(prefix)] = tensors.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    for prefix, name in _PARTS.items():
+                        if key.startswith(prefix):
+                            found[name][key.removeprefix(prefix)] = tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise UserError(f"{file} is not whole ({error}); download it again") from None
     return found

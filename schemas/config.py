@@ -58,7 +58,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
             raise UserError(f"--set {override!r}: {part!r} is a value, not a section")
-    raw[last] = yaml.safe_load(value)
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {value!r} is not a value YAML can read") from None
 
 
 def _sentence(error: ValidationError, model: type[BaseModel]) -> str:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from training.batch import pack
-from training.sequence import IGNORE, STATE_TAGS, SequenceBuilder, Words, may_attend
+from training.losses import IGNORE
+from training.sequence import STATE_TAGS, SequenceBuilder, Words, may_attend
 
 STEPS = ("attach the red wheel", "attach the blue cabin", "attach the green roof")
 WORDS = (

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 
 from pipeline.shards import ShardCache
 from schemas.config import load_config
@@ -35,16 +34,16 @@ def run(shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_losses_fall_on_two_sessions(shards: Path, tiny_model: Path) -> None:
-    recipe = small(tiny_model, "data.state_noise=0")
+    recipe = small(tiny_model, "data.state_noise=0", "data.window_ticks=64", "data.batch_windows=8")
     cache = ShardCache(shards)
     model, builder = build(recipe, cache)
     sessions = load_sessions(cache, "train")[:2]
-    windows = TrainingWindows(sessions, builder, 64, 8, noise=0.0, seed=0)
+    windows = TrainingWindows(sessions, builder, recipe.data, seed=0)
     batch = collate(next(windows.epoch(0)), 640, builder.pad_token)
-    optimizer, accelerator = make_optimizer(model, recipe), Accelerator(cpu=True)
+    optimizer = make_optimizer(model, recipe)
     history = []
     for _ in range(60):
-        losses = compute_losses(model, batch, recipe.losses, accelerator)
+        losses = compute_losses(model, batch, recipe.losses)
         history.append({head: losses[head].item() for head in HEADS})
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
@@ -102,9 +101,10 @@ def test_blind_features_are_zero_and_nothing_else_changes(shards: Path) -> None:
 
 def test_every_epoch_covers_each_tick_once_at_another_phase(shards: Path, tiny_model: Path) -> None:
     cache = ShardCache(shards)
-    _, builder = build(small(tiny_model), cache)
+    recipe = small(tiny_model, "data.state_noise=0", "data.window_ticks=24", "data.batch_windows=5")
+    _, builder = build(recipe, cache)
     sessions = load_sessions(cache, "train")
-    windows = TrainingWindows(sessions, builder, 24, 5, noise=0.0, seed=1)
+    windows = TrainingWindows(sessions, builder, recipe.data, seed=1)
     ticks = [sum(len(e.speak) for batch in windows.epoch(n) for e in batch) for n in (0, 1)]
     assert ticks == [sum(s.num_ticks for s in sessions)] * 2
     lengths = [sorted(len(e.speak) for batch in windows.epoch(n) for e in batch) for n in (0, 0, 1)]

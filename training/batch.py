@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.sequence import IGNORE, Window, may_attend
+from training.losses import IGNORE
+from training.sequence import Window, may_attend
 
 
 @dataclass(frozen=True)

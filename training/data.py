@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.shards import LabelledSession, ShardCache
 from schemas.errors import UserError
 from training.batch import Example
+from training.recipe import DataSettings
 from training.sequence import SequenceBuilder, Words
 from training.traces import Track
 
@@ -141,17 +142,11 @@ class TrainingWindows:
     """
 
     def __init__(
-        self,
-        sessions: list[SessionData],
-        builder: SequenceBuilder,
-        window_ticks: int,
-        batch_windows: int,
-        noise: float,
-        seed: int,
+        self, sessions: list[SessionData], builder: SequenceBuilder, settings: DataSettings, seed: int
     ) -> None:
         self.sessions, self.builder = sessions, builder
-        self.window_ticks, self.batch_windows = window_ticks, batch_windows
-        self.noise, self.seed = noise, seed
+        self.window_ticks, self.batch_windows = settings.window_ticks, settings.batch_windows
+        self.noise, self.seed = settings.state_noise, seed
 
     def epoch(self, epoch: int) -> Iterator[list[Example]]:
         """The batches of one epoch; the last may be smaller."""

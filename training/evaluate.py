@@ -89,10 +89,10 @@ def middle_trace(traces: Sequence[Trace]) -> Trace:
 TABLE = {
     "speak F1": ("speaking", "f1"),
     "update F1": ("dst_update", "f1"),
-    "state macro-F1": ("dst_state", "macro_f1"),
+    "state F1": ("dst_state", "macro_f1"),
     "joint": ("dst_state", "joint"),
-    "joint near change": ("dst_state", "joint_near_transition"),
-    "words exact": ("response", "exact_match"),
+    "joint near": ("dst_state", "joint_near_transition"),
+    "words": ("response", "exact_match"),
 }
 """The columns of the table a user sees first."""
 

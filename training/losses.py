@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 LossName = Literal["cross_entropy", "balanced", "focal"]
 
 IGNORE = -100
+"""Label of a position or pair that no loss looks at."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def loss_parts(
 
     Args:
         logits: ``[..., C]``, any floating type; computed in float32.
-        labels: int64 ``[...]`` in ``0..C-1``, or -100 where there is none.
+        labels: int64 ``[...]`` in ``0..C-1``, or `IGNORE` where there is none.
         gamma: how much focal loss turns away from what is already right.
         alpha: weight of each class in focal loss; None weighs all with 1.
 

@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
-
-IGNORE = -100
-"""Label of a position or pair that no loss looks at."""
+from training.losses import IGNORE
 
 ROLE = "You are a proactive assistant."
 STATE_TAGS = ("to do", "doing", "done")  # what the plan shows for not started, in progress, completed

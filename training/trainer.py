@@ -22,7 +22,7 @@ from training.losses import loss_parts
 from training.metrics import best_threshold, score
 from training.model import NEW_PARTS, DSTSmolVLM, from_backbone
 from training.plots import curves_picture
-from training.recipe import LossSettings, Recipe
+from training.recipe import HeadLoss, LossSettings, Recipe
 from training.rollout import Thresholds, decide_teacher, traces_of_teacher
 from training.sequence import SequenceBuilder
 
@@ -58,20 +58,14 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
     return model, SequenceBuilder.of(folder, model.config)
 
 
-def compute_losses(
-    model: torch.nn.Module, batch: Batch, settings: LossSettings, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """The loss of each head on one batch, each divided by its labels on all machines."""
+def compute_losses(model: torch.nn.Module, batch: Batch, settings: LossSettings) -> dict[str, torch.Tensor]:
+    """The loss of each head on one batch."""
     out = model(batch)
     losses = {}
     for head in HEADS:
-        chosen = getattr(settings, head)
-        parts = loss_parts(
-            chosen.loss, getattr(out, head), getattr(batch, head), gamma=chosen.gamma, alpha=chosen.alpha
-        )
-        counts = accelerator.reduce(parts.counts, "sum")
-        # Gradients are averaged over machines: what divides by all labels must be scaled back up.
-        losses[head] = parts.mean(counts) * accelerator.num_processes
+        chosen: HeadLoss = getattr(settings, head)
+        logits, labels = getattr(out, head), getattr(batch, head)
+        losses[head] = loss_parts(chosen.loss, logits, labels, gamma=chosen.gamma, alpha=chosen.alpha).mean()
     return losses
 
 
@@ -86,7 +80,7 @@ def train(
     """Train a model. ``out`` gets recipe.yaml, run.json, log.jsonl, curves.png and checkpoints.
 
     Returns:
-        The validation scores of the best checkpoint.
+        The step and the validation scores of the best checkpoint.
 
     Raises:
         UserError: the run's folder is in use, the cache has no train or val part, or a loss is not a number.
@@ -94,17 +88,14 @@ def train(
     if (out / "log.jsonl").exists():
         raise UserError(f"{out} holds a run already; give another --out, or remove it")
     accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "training runs in one process for now; start it without torchrun or accelerate launch"
+        )
     cache = ShardCache(shards)
     training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
     model, builder = build(recipe, cache)
-    windows = TrainingWindows(
-        training,
-        builder,
-        recipe.data.window_ticks,
-        recipe.data.batch_windows,
-        recipe.data.state_noise,
-        recipe.train.seed,
-    )
+    windows = TrainingWindows(training, builder, recipe.data, recipe.train.seed)
     optimizer = make_optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -116,30 +107,16 @@ def train(
     rows: list[dict[str, float]] = []
     with (out / "log.jsonl").open("w", encoding="utf-8") as log:
         for step, (epoch, examples) in enumerate(_batches(windows, recipe.train.steps), 1):
+            row = {"step": step, "epoch": epoch, "train/lr": float(schedule.get_last_lr()[0])}
             batch = collate(examples, recipe.data.max_seq_len, builder.pad_token).to(accelerator.device)
-            prepared.train()
-            losses = compute_losses(prepared, batch, recipe.losses, accelerator)
-            total = torch.stack([getattr(recipe.losses, head).weight * losses[head] for head in HEADS]).sum()
-            _require_finite(losses, step, examples)
-            accelerator.backward(total)
-            norm = accelerator.clip_grad_norm_(prepared.parameters(), recipe.train.clip_norm)
-            row: dict[str, float] = {
-                "step": step,
-                "epoch": epoch,
-                "train/lr": float(schedule.get_last_lr()[0]),
-            }
-            row |= {f"train/loss_{head}": round(losses[head].item(), 6) for head in HEADS}
-            row |= {"train/loss": round(total.item(), 6), "train/grad_norm": round(float(norm), 6)}
-            optimizer.step()
+            row |= _take_step(prepared, batch, recipe, optimizer, accelerator, step)
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
             if step % recipe.train.eval_every == 0 or step == recipe.train.steps:
                 row |= validate(model, builder, validation)
                 _save(model, builder, out / "checkpoints" / "latest")
                 if row["val/combined"] > best["val/combined"]:
                     best = {
-                        "step": step,
-                        **{key: value for key, value in row.items() if key.startswith("val/")},
+                        key: value for key, value in row.items() if key == "step" or key.startswith("val/")
                     }
                     _save(model, builder, out / "checkpoints" / "best")
             rows.append(row)
@@ -148,6 +125,31 @@ def train(
             on_step(row)
     curves_picture(rows, out / "curves.png")
     return best
+
+
+def _take_step(
+    model: torch.nn.Module,
+    batch: Batch,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, float]:
+    """One forward, one backward, one step; returns what the log says of it."""
+    model.train()
+    losses = compute_losses(model, batch, recipe.losses)
+    wrong = [head for head, loss in losses.items() if not torch.isfinite(loss)]
+    if wrong:
+        raise UserError(
+            f"the loss of {', '.join(wrong)} is not a number at step {step}; lower train.lr, or look at the features"
+        )
+    total = torch.stack([getattr(recipe.losses, head).weight * losses[head] for head in HEADS]).sum()
+    accelerator.backward(total)
+    norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    row = {f"train/loss_{head}": round(losses[head].item(), 6) for head in HEADS}
+    return row | {"train/loss": round(total.item(), 6), "train/grad_norm": round(float(norm), 6)}
 
 
 def make_optimizer(model: DSTSmolVLM, recipe: Recipe) -> torch.optim.Optimizer:
@@ -214,14 +216,6 @@ def _batches(windows: TrainingWindows, steps: int) -> Iterator[tuple[int, list[E
             yield epoch, examples
             step += 1
         epoch += 1
-
-
-def _require_finite(losses: dict[str, torch.Tensor], step: int, examples: list[Example]) -> None:
-    wrong = [head for head, loss in losses.items() if not torch.isfinite(loss)]
-    if wrong:
-        raise UserError(
-            f"the loss of {', '.join(wrong)} is not a number at step {step}; lower train.lr, or look at the features"
-        )
 
 
 def _save(model: DSTSmolVLM, builder: SequenceBuilder, folder: Path) -> None:
