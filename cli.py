@@ -159,7 +159,7 @@ def cache_features(
     from pipeline.vision import VisionEncoder
     from schemas.checkpoints import checkpoint_folder
 
-    encoder = VisionEncoder(checkpoint_folder(model), chosen, tokens_per_frame)
+    encoder = VisionEncoder(checkpoint_folder(model), chosen, tokens_per_frame, name=model)
     began = time.perf_counter()
     with _progress("ticks") as bar:
         summary = run(
@@ -259,7 +259,7 @@ def demo(
         out / "shards",
         out / "models/tiny",
     )
-    changes = [f"model.init={model}", f"train.seed={seed}", *([f"train.steps={steps}"] if steps else [])]
+    changes = [f"train.seed={seed}", *([f"train.steps={steps}"] if steps else [])]
     _stage("1/6 sample: a synthetic corpus in Assembly101's layout")
     sample("assembly101", corpus, sessions, seed)
     _stage("2/6 prepare: annotations to label tables")

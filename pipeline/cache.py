@@ -65,6 +65,7 @@ def cache_features(
     """
     tables = LabelTables(labels)
     fingerprint = Fingerprint(
+        model=encoder.name,
         vision_sha256=encoder.sha256,
         preprocessing=encoder.preprocessor.fingerprint(),
         tick_hz=tables.clock.tick_hz,
@@ -90,7 +91,9 @@ def cache_features(
 
 
 def _remove_unplanned(out: Path, shards: int) -> None:
-    """Shards past the plan belong to tables that are no longer there."""
+    """Shards past the plan belong to tables that are no longer there, temporary files to runs that were killed."""
+    for path in out.glob(".*.tar.tmp"):
+        path.unlink()
     for path in [*out.glob("vision-*.tar"), *out.glob("labels-*.tar")]:
         if int(path.stem.rsplit("-", 1)[1]) >= shards:
             path.unlink()
@@ -114,7 +117,7 @@ def _make_vision(
     summary: Summary,
 ) -> None:
     path = out / f"{shard_stem('vision', plan.number)}.tar"
-    key = _key(fingerprint.model_dump(), plan.videos)
+    key = _key(fingerprint.model_dump(exclude={"model"}), plan.videos)
     entry = ledger.finished(path, key)
     if entry is not None and not (retry_failed and entry["failures"]):
         summary.shards_kept += 1

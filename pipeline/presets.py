@@ -67,7 +67,7 @@ def _llama(
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         # Drawn at 0.02, which suits a width of 1,000, so narrow a model learns many times slower.
-        text={**_llama(128, 3, 4, 4, 384, 10_000.0), "initializer_range": 0.08},
+        text={**_llama(128, 4, 4, 4, 384, 10_000.0), "initializer_range": 0.08},
         vision={
             "hidden_size": 96,
             "num_hidden_layers": 2,

@@ -90,13 +90,16 @@ class VisionEncoder:
     """Vision tower and connector of a checkpoint; the language model is not loaded.
 
     Attributes:
+        name: where to find the checkpoint again.
         tokens: features a frame after the connector (before pooling).
         dim: width of a feature, the language model's hidden size.
         sha256: hash of all weights, names and shapes included.
     """
 
-    def __init__(self, folder: Path, device: str, tokens_per_frame: int | None = None) -> None:
-        """Load from a local checkpoint folder.
+    def __init__(
+        self, folder: Path, device: str, tokens_per_frame: int | None = None, name: str | None = None
+    ) -> None:
+        """Load from a local checkpoint folder; ``name`` is what the user calls it, where that differs.
 
         Raises:
             UserError: no SmolVLM checkpoint, weights missing, or a number of tokens the grid does not pool to.
@@ -109,6 +112,7 @@ class VisionEncoder:
         if "vision_config" not in raw or "scale_factor" not in raw:
             raise UserError(f"{folder} is not a SmolVLM checkpoint (model type {raw.get('model_type')!r})")
         config = SmolVLMConfig.from_pretrained(folder)
+        self.name = name or str(folder)
         self.preprocessor = Preprocessor.read(folder)
         if self.preprocessor.square != config.vision_config.image_size:
             raise UserError(

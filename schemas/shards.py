@@ -32,11 +32,12 @@ def shard_stem(kind: str, number: int) -> str:
 
 
 class Fingerprint(BaseModel):
-    """What features depend on. Two caches mix only when all of it is equal."""
+    """What features depend on. Two caches mix only when all of it but ``model`` is equal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = 1
+    model: str  # where the checkpoint was found: what `dst train` takes unless told otherwise
     vision_sha256: str  # of the tensors of vision tower and connector
     preprocessing: dict[str, int | float | str | list[float]]
     tick_hz: float
@@ -73,7 +74,7 @@ class Fingerprint(BaseModel):
         Raises:
             UserError: naming each setting that differs, with both values.
         """
-        mine, theirs = self.model_dump(), other.model_dump()
+        mine, theirs = (each.model_dump(exclude={"model"}) for each in (self, other))
         differing = [
             f"{key}: {theirs[key]} there, {mine[key]} now" for key in mine if mine[key] != theirs[key]
         ]

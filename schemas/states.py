@@ -194,10 +194,16 @@ def transitions_between(before: NDArray[np.int8], after: NDArray[np.int8]) -> ND
     return (started * START + completed * COMPLETE).astype(np.int8)
 
 
+SURE = 0.95
+"""Probability from which a step may complete that was never seen in progress."""
+
+
 class StateValidator:
     """Lets predicted states only move forward, and counts what it refuses.
 
-    A step may stay, start, complete, or do both at once; it never goes back.
+    A step may stay, start, or complete once started; it never goes back. That it starts and completes at once
+    happens only to steps shorter than a tick, and a wrong completion can never be taken back: so it is believed
+    only of a head that is sure.
     """
 
     def __init__(self, initial: Sequence[int] | NDArray[np.integer]) -> None:
@@ -205,9 +211,19 @@ class StateValidator:
         self.proposed = 0
         self.rejected = 0
 
-    def update(self, predicted: NDArray[np.integer]) -> NDArray[np.int8]:
-        """Take over the legal part of a prediction int8 ``[K]`` and return the state that now holds."""
+    def update(self, predicted: NDArray[np.integer], probability: NDArray[np.floating]) -> NDArray[np.int8]:
+        """Take over the legal part of a prediction.
+
+        Args:
+            predicted: states ``[K]``.
+            probability: of each of them, ``[K]``.
+
+        Returns:
+            The state int8 ``[K]`` that now holds.
+        """
+        skips = (self.state == NOT_STARTED) & (predicted == COMPLETED) & (probability < SURE)
+        legal = (predicted > self.state) & ~skips
         self.proposed += int((predicted != self.state).sum())
-        self.rejected += int((predicted < self.state).sum())
-        self.state = np.maximum(self.state, predicted).astype(np.int8)
+        self.rejected += int(((predicted != self.state) & ~legal).sum())
+        self.state = np.where(legal, predicted, self.state).astype(np.int8)
         return self.state.copy()

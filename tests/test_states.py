@@ -205,13 +205,24 @@ def test_transitions_say_what_changed() -> None:
     assert transitions_between(before, after).tolist() == [0, START, START | COMPLETE, 0, COMPLETE, 0]
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=20))
-def test_the_validator_keeps_what_moves_forward_and_counts_the_rest(predictions: list[list[int]]) -> None:
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=20
+    )
+)
+def test_the_validator_keeps_what_moves_forward_and_counts_the_rest(
+    predictions: list[list[tuple[int, bool]]],
+) -> None:
     validator = StateValidator([0, 0, 0])
-    held, refused = [0, 0, 0], 0
+    held, proposed, refused = [0, 0, 0], 0, 0
     for predicted in predictions:
-        refused += sum(new < old for new, old in zip(predicted, held, strict=True))
-        held = [max(new, old) for new, old in zip(predicted, held, strict=True)]
-        assert validator.update(np.array(predicted)).tolist() == held
-    assert validator.rejected == refused
-    assert validator.proposed >= refused
+        for step, (state, sure) in enumerate(predicted):
+            proposed += state != held[step]
+            if state < held[step] or (held[step] == 0 and state == 2 and not sure):
+                refused += 1
+            else:
+                held[step] = state
+        states = np.array([state for state, _ in predicted])
+        probability = np.array([0.96 if sure else 0.94 for _, sure in predicted])
+        assert validator.update(states, probability).tolist() == held
+    assert (validator.proposed, validator.rejected) == (proposed, refused)

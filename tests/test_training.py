@@ -21,20 +21,20 @@ from training.recipe import LossSettings, Recipe, load_recipe
 from training.trainer import HEADS, build, compute_losses, learning_rate_factor, make_optimizer, train
 
 
-def small(tiny_model: Path, *changes: str) -> Recipe:
+def small(*changes: str) -> Recipe:
     defaults = ["train.steps=6", "train.eval_every=3", "train.warmup_steps=2", "data.batch_windows=4"]
-    return load_recipe("tiny", [f"model.init={tiny_model}", *defaults, *changes])
+    return load_recipe("tiny", [*defaults, *changes])
 
 
 @pytest.fixture(scope="module")
-def run(shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
-    train(shards, small(tiny_model), out, device="cpu")
+    train(shards, small(), out, device="cpu")
     return out
 
 
-def test_the_losses_fall_on_two_sessions(shards: Path, tiny_model: Path) -> None:
-    recipe = small(tiny_model, "data.state_noise=0", "data.window_ticks=64", "data.batch_windows=8")
+def test_the_losses_fall_on_two_sessions(shards: Path) -> None:
+    recipe = small("data.state_noise=0", "data.window_ticks=64", "data.batch_windows=8")
     cache = ShardCache(shards)
     model, builder = build(recipe, cache)
     sessions = load_sessions(cache, "train")[:2]
@@ -67,10 +67,8 @@ def test_a_run_leaves_its_recipe_log_curves_and_checkpoints(run: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
-def test_the_same_run_twice_gives_the_same_numbers(
-    run: Path, shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    train(shards, small(tiny_model), tmp_path / "again", device="cpu")
+def test_the_same_run_twice_gives_the_same_numbers(run: Path, shards: Path, tmp_path: Path) -> None:
+    train(shards, small(), tmp_path / "again", device="cpu")
     assert (tmp_path / "again/log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
     weights = "checkpoints/latest/model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
@@ -99,9 +97,9 @@ def test_blind_features_are_zero_and_nothing_else_changes(shards: Path) -> None:
     assert blind.words == seen.words
 
 
-def test_every_epoch_covers_each_tick_once_at_another_phase(shards: Path, tiny_model: Path) -> None:
+def test_every_epoch_covers_each_tick_once_at_another_phase(shards: Path) -> None:
     cache = ShardCache(shards)
-    recipe = small(tiny_model, "data.state_noise=0", "data.window_ticks=24", "data.batch_windows=5")
+    recipe = small("data.state_noise=0", "data.window_ticks=24", "data.batch_windows=5")
     _, builder = build(recipe, cache)
     sessions = load_sessions(cache, "train")
     windows = TrainingWindows(sessions, builder, recipe.data, seed=1)
@@ -162,16 +160,14 @@ def test_numbers_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         load_recipe(str(path), [])
 
 
-def test_a_run_is_not_overwritten(run: Path, shards: Path, tiny_model: Path) -> None:
+def test_a_run_is_not_overwritten(run: Path, shards: Path) -> None:
     with pytest.raises(UserError, match="holds a run already"):
-        train(shards, small(tiny_model), run, device="cpu")
+        train(shards, small(), run, device="cpu")
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_run(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a number at step"):
-        train(
-            shards, small(tiny_model, "train.lr=1e12", "train.head_lr=1e12"), tmp_path / "run", device="cpu"
-        )
+        train(shards, small("train.lr=1e12", "train.head_lr=1e12"), tmp_path / "run", device="cpu")
 
 
 def test_losses_of_all_heads_are_chosen_by_name() -> None:

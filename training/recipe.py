@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.checkpoints import DEFAULT_MODEL
 from schemas.config import Strict, load_config
 from schemas.errors import UserError
 
@@ -16,7 +15,7 @@ from schemas.errors import UserError
 class ModelSettings(Strict):
     """Which backbone, and how a tick enters it."""
 
-    init: str = DEFAULT_MODEL  # a hub name or a folder; only its language model is loaded
+    init: str | None = None  # a hub name or a folder; none takes the checkpoint the cache was made with
     visual_adapter: Literal["identity", "fuse"] = "fuse"
     visual_tokens: int = Field(1, ge=1)  # a tick in the sequence; with fuse 1 an hour is 7,200 tokens
 

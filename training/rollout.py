@@ -42,11 +42,11 @@ class _Run:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Heads 1, 2 and 4 on one window: probabilities ``[T]``, ``[T]``, and the likeliest state int8 ``[T, K]``."""
+    """Heads 1, 2 and 4 on one window: probabilities ``[T]``, ``[T]``, ``[T, K, 3]``."""
 
     speaking: NDArray[np.float32]
     dst_update: NDArray[np.float32]
-    state: NDArray[np.int8]
+    state: NDArray[np.float32]
 
 
 def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisions]:
@@ -57,7 +57,7 @@ def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisi
     arrays = [
         speaking.softmax(-1)[:, 1].cpu().numpy(),
         update.softmax(-1)[:, 1].cpu().numpy(),
-        state.argmax(-1).to(torch.int8).cpu().numpy(),
+        state.softmax(-1).cpu().numpy(),
     ]
     found: dict[int, Decisions] = {}
     for number, example in enumerate(batch.order):
@@ -168,9 +168,10 @@ def _advance(run: _Run, decision: Decisions, shown: NDArray[np.int64], threshold
     run.update_score.append(decision.dst_update)
     for tick in range(len(decision.speaking)):
         if decision.dst_update[tick] >= thresholds.dst_update:
-            proposed = run.validator.state.copy()
-            proposed[shown] = decision.state[tick]
-            run.validator.update(proposed)
+            proposed, probability = run.validator.state.copy(), np.ones(len(run.validator.state))
+            proposed[shown] = decision.state[tick].argmax(-1)
+            probability[shown] = decision.state[tick].max(-1)
+            run.validator.update(proposed, probability)
         run.states.append(run.validator.state.copy())
 
 

@@ -35,13 +35,14 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
     Raises:
         UserError: the checkpoint is not there, or its features are not those of the cache.
     """
-    folder = checkpoint_folder(recipe.model.init)
     fingerprint = cache.fingerprint
+    name = recipe.model.init or fingerprint.model
+    folder = checkpoint_folder(name)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     width = raw.get("text_config", {}).get("hidden_size")
     if width != fingerprint.dim:
         raise UserError(
-            f"{cache.folder} holds features of width {fingerprint.dim}, the model {recipe.model.init} has {width}; "
+            f"{cache.folder} holds features of width {fingerprint.dim}, the model {name} has {width}; "
             "set model.init to the checkpoint the cache was made with"
         )
     identity = recipe.model.visual_adapter == "identity"

@@ -20,12 +20,12 @@ _COLOURS = {
     "red": (215, 35, 35),
     "blue": (50, 90, 235),
     "green": (25, 130, 50),
-    "yellow": (240, 215, 40),
+    "yellow": (250, 235, 60),
     "purple": (130, 40, 170),
-    "orange": (245, 130, 20),
+    "orange": (255, 120, 0),
     "white": (250, 250, 250),
     "cyan": (40, 215, 225),
-    "brown": (110, 65, 25),
+    "brown": (95, 50, 15),
     "pink": (250, 135, 190),
     "lime": (150, 235, 60),
     "navy": (15, 20, 95),
@@ -35,8 +35,8 @@ _SKIN = (222, 172, 140)
 _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "cabin": [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)],
     "roof": [(0.5, 0.0), (1.0, 0.95), (0.0, 0.95)],
-    "bumper": [(0.0, 0.32), (1.0, 0.32), (1.0, 0.68), (0.0, 0.68)],
-    "boom": [(0.32, 0.0), (0.68, 0.0), (0.68, 1.0), (0.32, 1.0)],
+    "bumper": [(0.0, 0.22), (1.0, 0.22), (1.0, 0.78), (0.0, 0.78)],
+    "boom": [(0.22, 0.0), (0.78, 0.0), (0.78, 1.0), (0.22, 1.0)],
     "bucket": [(0.0, 0.15), (1.0, 0.15), (0.75, 0.9), (0.25, 0.9)],
     "light": [(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)],
     "ladder": [
@@ -70,7 +70,7 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     ],
     "door": [(0.35, 0.05), (1.0, 0.05), (0.65, 0.95), (0.0, 0.95)],
 }
-_ELLIPSES = {"wheel": (0.02, 0.02, 0.98, 0.98), "tank": (0.0, 0.25, 1.0, 0.75)}
+_ELLIPSES = {"wheel": (0.02, 0.02, 0.98, 0.98), "tank": (0.0, 0.2, 1.0, 0.8)}
 
 
 def draw_part(draw: ImageDraw.ImageDraw, part: int, x: int, y: int, size: int, upside_down: bool) -> None:
@@ -111,7 +111,7 @@ class Painter:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         rng = np.random.default_rng([*recording.seed, 1])
-        self.table = np.array([150, 118, 84]) + rng.integers(-18, 19, 3)
+        self.table = np.array([112, 120, 128]) + rng.integers(-12, 13, 3)
         self.grain = rng.integers(-5, 6, (HEIGHT, WIDTH, 1))
         self.jitter = rng.integers(-3, 4, (4096, 2))
         self._drawn: tuple[object, NDArray[np.uint8]] | None = None
@@ -129,7 +129,7 @@ class Painter:
         hands, held, placed, upside_down, shown, raised = scene
         image = Image.new("RGB", (WIDTH, HEIGHT), tuple(int(c) for c in self.table))
         draw = ImageDraw.Draw(image)
-        draw.rectangle((4, 2, WIDTH - 5, 56), fill=(70, 74, 80))
+        draw.rectangle((4, 2, WIDTH - 5, 56), fill=(52, 54, 60))
         for part in placed:  # type: ignore[attr-defined]
             draw_part(draw, part, 9 + 25 * (part % 6), 4 + 26 * (part // 6), _PLACED, upside_down=False)
         holding = dict(held)  # type: ignore[call-overload]
