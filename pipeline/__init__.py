@@ -1,0 +1,1 @@
+"""From annotations and video to label tables and shards of cached features."""

@@ -183,6 +183,26 @@ def test_the_words_of_several_windows_do_not_depend_on_their_company(
         assert np.array_equal(a.predicted.state, b.predicted.state)
 
 
+def test_states_move_only_where_the_update_head_fires_and_only_forward(
+    built: tuple[DSTSmolVLM, SequenceBuilder], cache: ShardCache
+) -> None:
+    model, builder = built
+    sessions = load_sessions(cache, "train")[:3]
+    scores = np.concatenate([t.update_score for t in run_free(model, builder, sessions, Thresholds(2, 2))])
+    threshold = float(np.quantile(scores, 0.9))
+    moved = 0
+    for trace in run_free(model, builder, sessions, Thresholds(2, threshold)):
+        state = np.vstack([np.zeros_like(trace.predicted.state[:1]), trace.predicted.state])
+        changes = (state[1:] != state[:-1]).any(axis=1)
+        assert (np.diff(state, axis=0) >= 0).all()
+        assert not (changes & ~trace.predicted.dst_update).any()
+        assert trace.predicted.dst_update.tolist() == (trace.update_score >= threshold).tolist()
+        moved += int(changes.sum())
+    assert moved > 0
+    still = run_free(model, builder, sessions, Thresholds(2, 2))
+    assert not any(trace.predicted.state.any() for trace in still)
+
+
 def test_save_and_reload_bit_for_bit(
     built: tuple[DSTSmolVLM, SequenceBuilder], session: SessionData, tmp_path: Path
 ) -> None:
