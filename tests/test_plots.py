@@ -42,6 +42,13 @@ def frame(value: int, size: tuple[int, int] = (90, 160)) -> NDArray[np.uint8]:
     return np.full((*size, 3), value, dtype=np.uint8)
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture that can be read whole."""
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
 def test_timeline_opens_and_repeats_to_the_byte(trace: Trace, tmp_path: Path) -> None:
     frames = [(tick, frame(tick * 4)) for tick in range(10, 50, 3)]
     for name in ("a.png", "b.png"):
@@ -63,7 +70,10 @@ def test_timeline_of_extremes(trace: Trace, tmp_path: Path, predict: type) -> No
     for truth in (trace.truth, silent):
         extreme = replace(trace, truth=truth, predicted=predict(trace.truth))
         timeline_picture(extreme, [(10, frame(0, (160, 90)))], tmp_path / "a.png", "portrait")
-        timeline_picture(extreme, [], tmp_path / "a.png", "without frames")
+        timeline_picture(extreme, [], tmp_path / "b.png", "without frames")
+        (width, with_frames), (same, without) = size_of(tmp_path / "a.png"), size_of(tmp_path / "b.png")
+        assert width == same == 1950
+        assert without < with_frames  # the room of the frames is not kept where there are none
 
 
 def test_timeline_without_ticks_and_steps(tmp_path: Path) -> None:
@@ -74,6 +84,7 @@ def test_timeline_without_ticks_and_steps(tmp_path: Path) -> None:
     two = np.zeros(2, np.bool_)
     planless = Track(two, two, np.zeros((2, 0), np.int8), (None, None))
     timeline_picture(Trace("a", 2.0, 0, (), planless, planless, None, None), [], tmp_path / "b.png", "b")
+    assert [size_of(tmp_path / name)[0] for name in ("a.png", "b.png")] == [1950, 1950]
 
 
 def test_curves_open_and_repeat_to_the_byte(tmp_path: Path) -> None:
