@@ -314,7 +314,7 @@ def _choose_device(gpu: int | None, device: str | None) -> str:
 
 
 class _Bar:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal; elsewhere only the lines it is told to say."""
 
     def __init__(self, unit: str) -> None:
         from rich.console import Console

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ def evaluate(
     split: str = "test",
     checkpoint: str = "best",
     device: str = "cpu",
-    on_ticks: Callable[[int], None] = lambda ticks: None,
 ) -> tuple[dict[str, Any], list[Trace]]:
     """Run a checkpoint over a split on its own state and words, and score it.
 
@@ -58,7 +57,7 @@ def evaluate(
         )
     sessions = load_sessions(cache, split, recipe.data.blind)
     thresholds = Thresholds(config.speaking_threshold, config.dst_update_threshold)
-    traces = run_free(model, SequenceBuilder.of(folder, config), sessions, thresholds, on_ticks)
+    traces = run_free(model, SequenceBuilder.of(folder, config), sessions, thresholds)
     metrics: dict[str, Any] = score(
         traces, {"speaking": thresholds.speaking, "dst_update": thresholds.dst_update}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,7 +118,6 @@ def run_free(
     builder: SequenceBuilder,
     sessions: Sequence[SessionData],
     thresholds: Thresholds,
-    on_window: Callable[[int], None] = lambda ticks: None,
 ) -> list[Trace]:
     """What the assistant does on its own: states, memory and words are its own; only the user's words are given.
 
@@ -144,12 +143,11 @@ def run_free(
             speaking.append(np.flatnonzero(decision.speaking >= thresholds.speaking))
         texts = speak(model, builder, batch, cache, speaking)
         for run, spoken in zip(active, texts, strict=True):
-            first, length = run.windows[number]
+            first, _ = run.windows[number]
             for tick, text in spoken.items():
                 run.said[first + tick] = text
                 run.words.append(Words(first + tick, "assistant", text))
             run.words.sort(key=lambda w: (w.tick, w.role == "assistant"))
-            on_window(length)
     return [_trace(run, thresholds) for run in runs]
 
 
