@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from csv import DictWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,11 @@ from schemas.checkpoints import DEFAULT_MODEL
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pipeline.cache import Summary
+    from pipeline.shards import LabelledSession
     from training.traces import Trace
 
 
@@ -67,22 +73,47 @@ def sample(
 ) -> None:
     """Write a synthetic corpus in a corpus' official layout, real H.264 videos included.
 
-    Example: dst sample --source assembly101 --sessions 24 --seed 1
+    Example: dst sample --source holoassist --sessions 24 --seed 1
     """
-    from pipeline.sample.assembly101 import write_sample
+    from data_manifests import load_manifest
 
-    if source != "assembly101":
-        raise UserError(f"there is no synthetic {source!r}; known: assembly101")
+    load_manifest(source)
     out = out or Path("data") / source
     with _progress("videos") as bar:
+        write_sample = importlib.import_module(f"pipeline.sample.{source}").write_sample
         write_sample(out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
     typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {out}")
 
 
 @app.command()
+def sources(
+    data: Annotated[Path, typer.Option(help="Folder with one folder a corpus.")] = Path("data"),
+) -> None:
+    """List the corpora: what is there, what is missing, under which licence, and where to ask for it.
+
+    Example: dst sources --data data
+    """
+    from pipeline.found import find_sources
+
+    for manifest, kinds in find_sources(data):
+        there = any(found.count for found in kinds)
+        typer.secho(f"{manifest.name}: {manifest.title}", bold=True)
+        typer.echo(f"  licence {manifest.licence}; {'more' if there else 'ask'} at {manifest.ask_at}")
+        for found in kinds:
+            state = "there" if found.whole else "incomplete" if found.count else "missing"
+            typer.echo(f"  {found.kind:12} {state:10} {found.amount():<28} {found.place}")
+        if there:
+            root = data / manifest.name
+            typer.echo(f"  next: dst prepare --source {manifest.name} --root {root}")
+        typer.echo()
+
+
+@app.command()
 def prepare(
-    source: Source = "assembly101",
-    root: Annotated[Path | None, typer.Option(help="The corpus. Default: data/SOURCE.")] = None,
+    source: Annotated[str, typer.Option(help="The corpus, or all: each that is in ROOT.")] = "assembly101",
+    root: Annotated[
+        Path | None, typer.Option(help="The corpus. Default: data/SOURCE, or data with --source all.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all label tables.")] = Path("out/labels"),
     dialogs: Annotated[
         Path | None, typer.Option(help="Dialogs and DST. Default: ROOT/dialogs, if there.")
@@ -92,25 +123,132 @@ def prepare(
     view: Annotated[
         str | None, typer.Option(help="Camera. Default: the first of the manifest that is there.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read. Default: one a core.")
+    ] = None,
 ) -> None:
     """Read a corpus' annotations and write its label tables (Parquet).
 
+    What cannot be used is listed in rejects.parquet with its file, place and reason. With --source all the
+    exit status is 1 when a corpus that is there could not be prepared.
+
     Example: dst prepare --source assembly101 --root data/assembly101
     """
+    if not 0 < tick_hz < float("inf"):
+        raise UserError(f"--tick-hz must be a positive number, not {tick_hz}")
+    workers = workers or os.cpu_count() or 1
+    if source != "all":
+        _prepare_one(source, root or Path("data") / source, out, dialogs, tick_hz, level, view, workers)
+        typer.echo(f"labels in {out / source}; what they hold: dst inspect {out / source}")
+        typer.echo(f"next: dst cache-features --labels {out}")
+        return
+    from pipeline.found import find_sources
+
+    if dialogs or view:
+        raise UserError(
+            "--dialogs and --view are for one corpus; --source all takes each corpus' own dialogs folder"
+        )
+    data = root or Path("data")
+    there = [manifest.name for manifest, kinds in find_sources(data) if any(kind.count for kind in kinds)]
+    if not there:
+        raise UserError(f"{data} holds no corpus; see what belongs where with 'dst sources --data {data}'")
+    failed = []
+    for name in there:
+        typer.secho(f"\n== {name}", bold=True)
+        try:
+            _prepare_one(name, data / name, out, dialogs, tick_hz, level, view, workers)
+        except UserError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            failed.append(name)
+    typer.echo(f"labels of {', '.join(n for n in there if n not in failed) or 'none'} in {out}")
+    if failed:
+        typer.secho(f"could not be prepared: {', '.join(failed)}", fg="red", err=True)
+        raise typer.Exit(1)
+
+
+def _prepare_one(
+    source: str,
+    root: Path,
+    out: Path,
+    dialogs: Path | None,
+    tick_hz: float,
+    level: str,
+    view: str | None,
+    workers: int,
+) -> None:
     from pipeline.prepare import prepare as run
     from schemas.clock import Clock
 
-    if not 0 < tick_hz < float("inf"):
-        raise UserError(f"--tick-hz must be a positive number, not {tick_hz}")
-    counts = run(source, root or Path("data") / source, out, Clock(tick_hz), dialogs, level, view)
+    with _progress("recordings") as bar:
+        counts = run(
+            *(source, root, out, Clock(tick_hz), dialogs, level, view, workers),
+            on_plan=bar.start,
+            on_unit=lambda: bar.advance(1),
+        )
     _echo_table(("table", "rows"), sorted(counts.rows.items()))
     _echo_table(("split", "sessions"), sorted(counts.sessions.items()))
     if counts.rejects:
         _echo_table(("not used, because", "times"), sorted(counts.rejects.items()))
         typer.echo(f"each with its file and place in {out / source / 'rejects.parquet'}")
+    for note, number in sorted(counts.notes.items()):
+        typer.echo(f"{number} {note}")
     if counts.joined_turns:
         typer.echo(f"{counts.joined_turns} assistant turns were joined to an earlier one on their tick")
-    typer.echo(f"labels in {out / source}; next: dst cache-features --labels {out}")
+    if counts.missing_videos:
+        typer.echo(f"{counts.missing_videos} of {counts.rows['videos']} videos are not there yet")
+
+
+@app.command()
+def inspect(
+    labels: Annotated[Path, typer.Argument(help="Label tables of one or all corpora.")] = Path("out/labels"),
+    session: Annotated[str | None, typer.Option(help="Show this session, and write its picture.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The picture. Default: out/pictures/SESSION.png.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the counts as CSV, for other programs.")] = False,
+) -> None:
+    """Show what label tables hold: counts by corpus and split, what was not used, or one session's timeline.
+
+    Example: dst inspect out/labels/assembly101 --csv
+    """
+    from pipeline.inspect import read_session, rejects_by_reason, summary, timeline
+
+    if session is not None:
+        if csv:
+            raise UserError("--csv goes with the counts, not with --session")
+        from training.plots import labels_picture
+
+        shown = read_session(labels, session)
+        for line in timeline(shown):
+            typer.echo(line)
+        out = out or Path("out/pictures") / f"{session.replace('/', '_')}.png"
+        labels_picture(shown, _some_frames(shown), out)
+        typer.echo(f"picture in {out}")
+        return
+    if out is not None:
+        raise UserError("--out is where the picture of one session goes; name the session with --session")
+    rows = summary(labels)
+    if csv:
+        writer = DictWriter(sys.stdout, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    # Transposed: a column for each corpus and split is what fits into a terminal.
+    for source in dict.fromkeys(row["source"] for row in rows):
+        mine = [row for row in rows if row["source"] == source]
+        names = [name for name in mine[0] if name not in ("source", "split")]
+        _echo_table(
+            (source, *(row["split"] for row in mine)),
+            [(name.replace("_", " "), *(row[name] for row in mine)) for name in names],
+        )
+    rejects = rejects_by_reason(labels)
+    if rejects:
+        _echo_table(
+            ("not used, because", "corpus", "times"),
+            [(row["reason"], row["source"], row["count"]) for row in rejects],
+        )
+        typer.echo("the first of each:")
+        for row in rejects:
+            typer.echo(f"  {row['reason']}: {row['example']}")
+    typer.echo(f"one session from beginning to end: dst inspect {labels} --session ID")
 
 
 @app.command("init-model")
@@ -357,8 +495,14 @@ def _echo_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     for column, name in enumerate(header):
         table.add_column(name, justify="right" if column else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(file=sys.stdout).print(table)
+        table.add_row(*map(_plain, row))
+    # Rich would cut a table to 80 columns where there is no terminal to ask for its width.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _plain(value: object) -> str:
+    """A cell of a table: three digits after the point where it is not whole, nothing where there is nothing."""
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _echo_summary(summary: Summary, seconds: float, out: Path) -> None:
@@ -405,28 +549,31 @@ def _echo_metrics(metrics: dict[str, Any]) -> None:
 
 
 def _write_timeline(run: Path, shards: Path | None, traces: list[Trace]) -> None:
-    """The picture of the middle session; without its frames where the video is gone."""
-    from pipeline.decode import DecodeError, tick_frames
+    """The picture of the middle session."""
     from pipeline.shards import ShardCache
-    from schemas.clock import Clock
     from training.evaluate import middle_trace
     from training.plots import timeline_picture
 
     trace = middle_trace(traces)
     shards = shards or Path(json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"])
     session = ShardCache(shards).session(trace.session_id)
+    timeline_picture(trace, _some_frames(session), run / "timeline.png", session.meta["goal"])
+
+
+def _some_frames(session: LabelledSession) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Eight of a session's frames, from its first tick to its last; none, and a line, where the video is gone."""
+    from pipeline.decode import DecodeError, tick_frames
+    from schemas.clock import Clock
+
     last = session.first_tick + session.num_ticks - 1
     wanted = {session.first_tick + i * (session.num_ticks - 1) // 7 for i in range(8)}
-    frames = []
+    meta = session.meta
     try:
-        for frame in tick_frames(
-            session.meta["uri"], Clock(trace.tick_hz), last, session.meta["rotation_deg"]
-        ):
-            if frame.tick in wanted:
-                frames.append((frame.tick, frame.image))
+        frames = tick_frames(meta["uri"], Clock(meta["tick_hz"]), last, meta["rotation_deg"])
+        return [(frame.tick, frame.image) for frame in frames if frame.tick in wanted]
     except DecodeError as error:
-        typer.echo(f"the timeline has no frames: {error}", err=True)
-    timeline_picture(trace, frames, run / "timeline.png", session.meta["goal"])
+        typer.echo(f"the picture has no frames: {error}", err=True)
+        return []
 
 
 def _clear_demo(out: Path) -> None:

@@ -1,8 +1,11 @@
-"""What each corpus is and where it comes from: one YAML file a corpus."""
+"""What each corpus is, where it comes from and what belongs to it: one YAML file a corpus."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Literal
 
 from schemas.config import Strict, load_config
@@ -16,21 +19,67 @@ class View(Strict):
     rotation_deg: Literal[0, 90, 180, 270] = 0
 
 
+class Files(Strict):
+    """Files of one kind.
+
+    ``globs`` are patterns under the corpus' folder, each with how many such files the whole corpus has; the first
+    that finds something counts. ``rows`` is how many lines the files have together without blank ones, headers
+    included. None is not known.
+    """
+
+    globs: dict[str, int | None]
+    rows: int | None = None
+
+
 class Manifest(Strict):
     """One corpus.
 
-    ``files`` are glob patterns under the corpus' root, by what they hold. ``annotation_fps`` is the rate at
-    which its annotations count frames, None where they are in seconds. ``views`` are in order of preference.
+    ``folders`` are where its files may begin, relative to the folder a user names: archives and download tools
+    differ. ``files`` are by what they hold. ``time_base`` says what its annotations count in. ``views`` are in order
+    of preference.
     """
 
     name: str
     title: str
     licence: str
     ask_at: str
-    files: dict[str, str]
+    folders: tuple[str, ...] = (".",)
+    files: dict[str, Files]
     splits: str
-    annotation_fps: float | None = None
+    time_base: str
     views: tuple[View, ...] = ()
+
+    def find(self, root: Path, kind: str) -> list[Path]:
+        """The files of one kind in a corpus' folder, sorted."""
+        return self.find_counted(root, kind)[0]
+
+    def find_counted(self, root: Path, kind: str) -> tuple[list[Path], int | None]:
+        """The files of one kind, and how many there would be in the whole corpus."""
+        globs = self.files[kind].globs
+        for folder in self.folders:
+            for pattern, count in globs.items():
+                if paths := sorted((root / folder).glob(pattern)):
+                    return paths, count
+        return [], next(iter(globs.values()))
+
+    def path(self, root: Path, *names: str) -> Path:
+        """A file that may go by several names; where it is not there, where it would be."""
+        places = [root / folder / name for folder in self.folders for name in names]
+        return next((place for place in places if place.is_file()), self._folder(root) / names[0])
+
+    def place(self, root: Path, kind: str) -> str:
+        """Where files of one kind would be, as a pattern."""
+        return str(self._folder(root) / next(iter(self.files[kind].globs)))
+
+    def nothing_found(self, root: Path, kinds: Iterable[str]) -> UserError:
+        """What to raise where none of these kinds is there."""
+        globs = [glob for kind in kinds for glob in self.files[kind].globs]
+        places = ", ".join(str(self._folder(root) / glob) for glob in globs)
+        return UserError(f"no {self.name} annotations: nothing at {places}; ask at {self.ask_at}")
+
+    def _folder(self, root: Path) -> Path:
+        there = [root / folder for folder in self.folders if (root / folder).is_dir()]
+        return there[-1] if there else root
 
 
 def manifest_names() -> list[str]:
@@ -40,6 +89,7 @@ def manifest_names() -> list[str]:
     )
 
 
+@cache
 def load_manifest(source: str) -> Manifest:
     """Read the manifest of a corpus.
 

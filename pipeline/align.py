@@ -15,6 +15,8 @@ from schemas.records import Rejects, Session, Turn
 from schemas.states import Step, TimestampToStateConverter, transitions_between
 from schemas.tables import TABLES
 
+_LONGEST_S = 86_400  # a time that is none, such as nanoseconds for seconds, would fill the memory with ticks
+
 
 @dataclass(frozen=True)
 class Aligned:
@@ -39,7 +41,6 @@ class _Window:
     clock: Clock
     first: int
     last: int
-    source_file: str
     rejects: Rejects
 
     def holds(self, t: float) -> bool:
@@ -49,27 +50,25 @@ class _Window:
         duration = self.session.video.duration_s
         past_end = duration is not None and self.clock.tick_of(t) >= self.clock.num_ticks(duration)
         reason = "outside the video" if past_end or self.clock.tick_of(t) < 0 else "outside the session"
-        self.rejects.add(self.source_file, f"{self.session.session_id} {what}", reason, detail)
+        self.rejects.add(self.session.source_file, f"{self.session.session_id} {what}", reason, detail)
 
 
-def align(session: Session, clock: Clock, rejects: Rejects, source_file: str) -> Aligned | None:
+def align(session: Session, clock: Clock, rejects: Rejects) -> Aligned | None:
     """Put a session on the clock.
 
     A session's ticks are those of its range that its video has. Each event (a step's start or end, a turn, a
     mistake) belongs to the first tick at or after it; one whose tick is not among the session's is a reject: a
     step whose start is outside never starts, one whose end is outside stays in progress.
 
-    Args:
-        source_file: what the rejects name as their origin.
-
     Returns:
         None, and one reject, where no tick or no step remains.
     """
-    window = _window(session, clock, rejects, source_file)
-    if window.first > window.last or not session.steps:
-        reason = "no ticks" if session.steps else "no steps"
+    window = _window(session, clock, rejects)
+    too_long = window.last - window.first > _LONGEST_S * clock.tick_hz
+    if window.first > window.last or too_long or not session.steps:
+        reason = "longer than a day" if too_long else "no ticks" if session.steps else "no steps"
         detail = f"{session.start_s:g} to {session.end_s:g} s of a video of {session.video.duration_s} s"
-        rejects.add(source_file, session.session_id, reason, detail)
+        rejects.add(session.source_file, session.session_id, reason, detail)
         return None
     steps = [_used_part(step, window) for step in session.steps]
     turns = _turns_inside(session, window)
@@ -90,29 +89,32 @@ def align(session: Session, clock: Clock, rejects: Rejects, source_file: str) ->
     )
 
 
-def _window(session: Session, clock: Clock, rejects: Rejects, source_file: str) -> _Window:
+def _window(session: Session, clock: Clock, rejects: Rejects) -> _Window:
     first, last = max(0, clock.tick_of(session.start_s)), clock.tick_of(session.end_s)
     if session.video.duration_s is not None:
         last = min(last, clock.num_ticks(session.video.duration_s) - 1)
-    return _Window(session, clock, first, last, source_file, rejects)
+    return _Window(session, clock, first, last, rejects)
 
 
 def _used_part(step: Step, window: _Window) -> Step:
     """The step with the spans its states are computed from."""
     if math.isinf(step.start):
-        return replace(step, spans=())
+        return replace(step, spans=(), source_rows=())
     if not window.holds(step.start):
         window.reject(f"step {step.step_id} start", step.start, f"{step.start:.3f} s, {step.name}")
         if math.isfinite(step.end):
             detail = f"{step.end:.3f} s, {step.name}, whose start is not used"
             window.reject(f"step {step.step_id} end", step.start, detail)
-        return replace(step, spans=())
+        return replace(step, spans=(), source_rows=())
     if window.holds(step.end):
         return step
     if math.isfinite(step.end):
         window.reject(f"step {step.step_id} end", step.end, f"{step.end:.3f} s, {step.name}")
-    spans = sorted(span for span in step.spans if window.holds(span[0]))
-    return replace(step, spans=(*spans[:-1], (spans[-1][0], math.inf)))
+    rows = step.source_rows or ("",) * len(step.spans)
+    inside = sorted(pair for pair in zip(step.spans, rows, strict=True) if window.holds(pair[0][0]))
+    spans, rows = zip(*inside, strict=True)
+    spans = (*spans[:-1], (spans[-1][0], math.inf))
+    return replace(step, spans=spans, source_rows=rows if step.source_rows else ())
 
 
 def _turns_inside(session: Session, window: _Window) -> list[tuple[int, Turn]]:
@@ -140,7 +142,7 @@ def _mistaken(session: Session, window: _Window) -> NDArray[np.bool_] | None:
             window.reject(what, end, f"{detail}, marked from its start on")
         elif first == stop:
             locator = f"{session.session_id} {what}"
-            window.rejects.add(window.source_file, locator, "between two ticks", detail)
+            window.rejects.add(session.source_file, locator, "between two ticks", detail)
     return marks
 
 
@@ -154,15 +156,16 @@ def _frames(
     ticks = np.arange(window.first, window.last + 1, dtype=np.int32)
     states = TimestampToStateConverter(window.clock).matrix(ticks, steps)
     before = np.vstack([np.zeros_like(states[:1]), states[:-1]])
-    speak = np.isin(ticks, list(responses))
+    texts = np.full(len(ticks), None, dtype=object)
+    texts[np.array(list(responses), dtype=np.intp) - window.first] = list(responses.values())
     schema = TABLES["frames"]
     columns = {
         "session_id": pa.repeat(session.session_id, len(ticks)),
         "split": pa.repeat(session.split, len(ticks)),
         "tick": ticks,
         "t_s": ticks / window.clock.tick_hz,
-        "speak": speak,
-        "response": [responses.get(tick) for tick in ticks.tolist()],
+        "speak": texts != None,  # noqa: E711  # element by element
+        "response": texts,
         "dst_update": (states != before).any(axis=1),
         "dst_state": _lists(states, schema.field("dst_state").type),
         "transitions": _lists(transitions_between(before, states), schema.field("transitions").type),
@@ -202,6 +205,7 @@ def _step_row(session: Session, index: int, step: Step) -> dict[str, Any]:
         "name": step.name,
         "parent": step.parent,
         "spans": [{"start_s": start, "end_s": end} for start, end in step.spans],
+        "source_rows": list(step.source_rows),
     }
 
 
@@ -215,4 +219,5 @@ def _turn_row(session: Session, index: int, tick: int, turn: Turn) -> dict[str, 
         "text": turn.text,
         "labels": list(turn.labels),
         "progress": turn.progress,
+        "source_row": turn.source_row,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.clock import Clock
+from schemas.records import video_files
 
 if TYPE_CHECKING:
     import av
@@ -41,7 +42,7 @@ class TickFrame:
 
 
 def tick_frames(
-    path: str | Path, clock: Clock, last_tick: int | None = None, rotation_deg: int = 0
+    uri: str | Path, clock: Clock, last_tick: int | None = None, rotation_deg: int = 0
 ) -> Iterator[TickFrame]:
     """Decode a video in order and yield the frame of every tick from 0 on.
 
@@ -49,50 +50,74 @@ def tick_frames(
     Times are compared as exact fractions of the container's integer time stamps; frames are never counted.
 
     Args:
-        path: a file PyAV opens.
+        uri: a file PyAV opens, or several as `schemas.records.joined_uri` names them, whose ticks run on from
+            one to the next.
         clock: the ticks.
         last_tick: stop after it; None goes on to the end.
         rotation_deg: counter-clockwise turn in steps of 90, on top of the one the file asks for.
 
     Raises:
-        DecodeError: the file cannot be opened, holds no picture, or breaks off inside.
+        DecodeError: a file cannot be opened, holds no picture, or breaks off inside.
     """
-    tick = 0
-    with _stream(path) as (container, stream):
-        time_base = Fraction(stream.time_base or 0)
-        frames = _decoded(path, container, stream)
-        start, shown = next(frames, (0, None))
-        if shown is None:
-            raise DecodeError(f"{path} holds no picture")
-        shown_at = Fraction(0)  # seconds from the first frame
-        for pts, frame in frames:
-            at = (pts - start) * time_base
-            if at <= shown_at:
-                raise DecodeError(f"{path} has frames out of order at {float(at):.3f} s")
-            while _instant(tick, clock) + GRACE < at:
-                yield TickFrame(tick, float(shown_at), _upright(shown, rotation_deg))
-                if tick == last_tick:
-                    return
-                tick += 1
-            shown, shown_at = frame, at
-        end = shown_at + _duration(shown, stream, time_base)
-        while _instant(tick, clock) < end and (last_tick is None or tick <= last_tick):
+    tick, shown, shown_at = 0, None, Fraction(0)
+    for at, frame in _timeline(video_files(str(uri))):
+        until = at if frame is None else at - GRACE
+        while shown is not None and _instant(tick, clock) < until:
             yield TickFrame(tick, float(shown_at), _upright(shown, rotation_deg))
+            if tick == last_tick:
+                return
             tick += 1
+        shown, shown_at = frame, at
 
 
 def probe_duration(path: str | Path) -> float:
-    """Duration in seconds as the container's header tells it; decoding may find a little more or less.
+    """Duration in seconds of one file as its header tells it; decoding may find a little more or less.
 
     Raises:
         DecodeError: the file cannot be opened, or tells no duration.
     """
     with _stream(path) as (container, stream):
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        if container.duration is not None:
-            return container.duration / 1_000_000
+        told = _told_duration(container, stream)
+    if told is None:
         raise DecodeError(f"{path} tells no duration in its header")
+    return float(told)
+
+
+def _timeline(files: Sequence[Path]) -> Iterator[tuple[Fraction, av.VideoFrame | None]]:
+    """Each frame with the second from which it is shown, in order; at last the second of the end, with None.
+
+    A part begins where the header of the one before it says that this one ends, so that times agree with the sum
+    of the headers' durations: what is decoded beyond is not shown, where there is less the last frame stays.
+    """
+    begin = Fraction(0)
+    for number, path in enumerate(files, 1):
+        with _stream(path) as (container, stream):
+            told = _told_duration(container, stream) if number < len(files) else None
+            end = None if told is None else begin + told
+            time_base = Fraction(stream.time_base or 0)
+            frames = _decoded(path, container, stream)
+            start, shown = next(frames, (0, None))
+            if shown is None:
+                raise DecodeError(f"{path} holds no picture")
+            yield begin, shown
+            shown_at = begin
+            for pts, frame in frames:
+                at = begin + (pts - start) * time_base
+                if at <= shown_at:
+                    raise DecodeError(f"{path} has frames out of order at {float(at - begin):.3f} s")
+                if end is not None and at >= end:
+                    break
+                yield at, frame
+                shown, shown_at = frame, at
+            begin = shown_at + _duration(shown, stream, time_base) if end is None else end
+    yield begin, None
+
+
+def _told_duration(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction | None:
+    """Seconds by the header, None where it tells none."""
+    if stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    return Fraction(container.duration, 1_000_000) if container.duration else None
 
 
 @contextmanager

@@ -1,9 +1,7 @@
-"""Dialogues: read from the files they come in, or made from the plan where there is none."""
+"""Dialogues and dialog states as they come in files, for any corpus."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,34 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.jsonfile import Place, json_records
 from schemas.errors import UserError
 from schemas.records import Rejects, Split, Turn
 from schemas.states import Step, parse_dst
 
-MARGIN_S = 2.0
 _NOT_TURNS = ("system", "DST_UPDATE", "frames")
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-_GOAL = (
-    "I want to do this: {}. Will you help me?",
-    "Please guide me: {}.",
-    "My task is: {}. Tell me what to do.",
-)
-_INSTRUCTION = ("Next: {}.", "The next step is: {}.", "Now go on with this: {}.")
-_FEEDBACK = ("Well done, that is finished: {}.", "Good, this step is complete: {}.", "That is done: {}.")
-_CORRECTION = (
-    "Wait, that is not right. Please check what you just did.",
-    "Careful, there is a mistake. Please undo it before you go on.",
-    "That does not belong there. Have another look.",
-)
-_CLOSING = ("That was the last step. Great work!", "All steps are done, you have finished.", "We are done!")
+_NUMBERED = re.compile(r"^\s*(\d+)[.)]\s+(\S.*)$", re.MULTILINE)
+
+_Entries = list[tuple[str, Any]]  # what a conversation holds, each with where it is
 
 
 @dataclass(frozen=True)
 class Dialog:
     """One dialogue about a video, as its file has it.
 
-    ``steps`` is its own plan, None where the file gives none. ``split`` is what the file's name says, None
-    where it says nothing.
+    ``turns`` are none where a file gives the plan alone. ``steps`` is the dialogue's own plan, None where the file
+    gives none. ``split`` is what the file's name says, None where it says nothing.
     """
 
     video_uid: str
@@ -53,53 +41,77 @@ class Dialog:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    steps: tuple[Step, ...]
+class _Part:
+    """One conversation with all that is said about it; ``dst`` is the place of a plan given by itself."""
+
     file: Path
     locator: str
+    about: Mapping[str, Any]
+    entries: _Entries
+
+    def continues(self, other: _Part) -> bool:
+        """Whether this is a later clip of the same dialogue, which long ones are cut into."""
+        keys = ("user_id", "user_type")
+        same = all(self.about.get(key) == other.about.get(key) for key in keys)
+        return same and self.file == other.file and bool(self.about.get("clip_idx"))
 
 
-def read_dialogs(path: Path, rejects: Rejects) -> dict[str, list[Dialog]]:
-    """Read a file of dialogues, or all ``*.json`` and ``*.jsonl`` of a folder in order of their names.
+class DialogIndex:
+    """Where in their files the dialogues of each video are; what is said is read when a video's turn comes.
 
-    A ``.json`` file holds one record or a list of them, a ``.jsonl`` file one a line. What a record is, its
-    keys tell:
+    A ``.json`` file holds one record or a list of them, a ``.jsonl`` file one a line. What a record is, its keys
+    tell:
 
     - ``conversations``: generated dialogues, several a video;
-    - ``conversation``: one dialogue, with or without ``metadata``;
+    - ``conversation``: one dialogue, with or without ``metadata``; one whose ``clip_idx`` is not 0 goes on with the
+      record of the same video, ``user_id`` and ``user_type`` before it;
     - ``dst`` beside either: the plan of these dialogues, in any form `parse_dst` reads;
-    - ``dst`` alone: the plan of the video's dialogues that have none (of one ``user_type``, if it names one).
+    - ``dst`` alone: the plan of the video's dialogues that have none (of one ``user_type``, if it names one), or
+      of the template dialogue, where there are none;
+    - entries of the role ``DST_UPDATE`` in a conversation without ``dst``: its plan, start by start and end by end.
 
-    Entries of the roles ``system``, ``DST_UPDATE`` and ``frames`` are not utterances and are passed over; the
-    states are computed from the plan. Anything else that cannot be used is a reject.
-
-    Returns:
-        The dialogues by ``video_uid``, in the order of the files.
+    Args:
+        path: a file, or a folder whose ``*.json`` and ``*.jsonl`` are read in order of their names; None is none.
+        rejects: takes what has no place in the index.
 
     Raises:
-        UserError: no such file, a folder without dialogues, or a file that is not JSON.
+        UserError: no such file, a folder without dialogues, or a file that is not whole JSON.
     """
-    dialogs: list[Dialog] = []
-    plans: dict[tuple[str, str | None], _Plan] = {}
-    for file in _files(path):
-        for locator, record in _records(file, rejects):
-            try:
-                dialogs += _read_record(file, locator, record, plans, rejects)
-            except ValueError as error:
-                rejects.add(file, locator, "unreadable DST", error)
-    by_video: dict[str, list[Dialog]] = {}
-    used: set[tuple[str, str | None]] = set()
-    for dialog in dialogs:
-        keys = ((dialog.video_uid, dialog.user_type), (dialog.video_uid, None))
-        key = next((key for key in keys if key in plans), None)
-        if dialog.steps is None and key is not None:
-            used.add(key)
-            dialog = replace(dialog, steps=plans[key].steps)
-        by_video.setdefault(dialog.video_uid, []).append(dialog)
-    for key, plan in plans.items():
-        if key not in used:
-            rejects.add(plan.file, plan.locator, "no dialogue for this DST", key[0])
-    return by_video
+
+    def __init__(self, path: Path | None, rejects: Rejects) -> None:
+        self._places: dict[str, list[Place]] = {}
+        for file in _files(path) if path else ():
+            for place, record in json_records(file, rejects):
+                uid = record.get("video_uid") if isinstance(record, Mapping) else None
+                if isinstance(uid, str) and uid:
+                    self._places.setdefault(uid, []).append(place)
+                else:
+                    rejects.add(file, place.locator, "unknown form", "no video_uid")
+
+    @property
+    def video_uids(self) -> list[str]:
+        """The videos there is something about, in order."""
+        return sorted(self._places)
+
+    def places(self, video_uid: str) -> list[Place]:
+        """Where the records about a video are."""
+        return self._places.get(video_uid, [])
+
+    def of(self, video_uid: str, rejects: Rejects) -> list[Dialog]:
+        """The dialogues of one video, in the order of the files."""
+        parts: list[_Part] = []
+        plans: dict[str | None, _Part] = {}
+        for place in self.places(video_uid):
+            for part in _parts(place, place.read(), rejects):
+                before = next((n for n in reversed(range(len(parts))) if part.continues(parts[n])), None)
+                if not part.entries and part.about.get("dst"):
+                    _add_plan(plans, part, rejects)
+                elif before is not None:
+                    parts[before] = replace(parts[before], entries=[*parts[before].entries, *part.entries])
+                else:
+                    parts.append(part)
+        read = [_dialog(part, rejects) for part in parts]
+        return list(_with_plans(video_uid, [dialog for dialog in read if dialog], plans, rejects))
 
 
 def _files(path: Path) -> list[Path]:
@@ -113,105 +125,157 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _records(file: Path, rejects: Rejects) -> Iterator[tuple[str, Any]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix != ".jsonl":
-            value = json.loads(text)
-            records = value if isinstance(value, list) else [value]
-            yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
-            return
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not whole JSON ({error}); fetch it again or take it away") from None
-    lines = [(f"row {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    broken = 0
-    for locator, line in lines:
-        try:
-            yield locator, json.loads(line)
-        except ValueError as error:
-            rejects.add(file, locator, "not JSON", error)
-            broken += 1
-    if lines and broken == len(lines):
-        raise UserError(f"no line of {file} is JSON; fetch it again or take it away")
-
-
-def _read_record(
-    file: Path,
-    locator: str,
-    record: Any,
-    plans: dict[tuple[str, str | None], _Plan],
-    rejects: Rejects,
-) -> list[Dialog]:
-    if not isinstance(record, Mapping) or not isinstance(record.get("video_uid"), str):
-        rejects.add(file, locator, "unknown form", "no video_uid")
-        return []
-    if isinstance(record.get("conversations"), list):
-        parts = [(f"{locator}, conversation {n}", part) for n, part in enumerate(record["conversations"], 1)]
+def _parts(place: Place, record: Mapping[str, Any], rejects: Rejects) -> Iterator[_Part]:
+    """The conversations of one record; a plan given by itself is one without entries."""
+    several = record.get("conversations")
+    if isinstance(several, list):
+        parts = [(f"{place.locator}, conversation {n}", part) for n, part in enumerate(several, 1)]
     elif "conversation" in record:
-        parts = [(locator, record)]
+        parts = [(place.locator, record)]
     elif "dst" in record:
-        key = (record["video_uid"], _text(record.get("user_type")))
-        if key in plans:
-            rejects.add(file, locator, "second DST of one dialogue", f"the first is in {plans[key].file}")
-        else:
-            plans[key] = _Plan(tuple(parse_dst(record["dst"])), file, locator)
-        return []
+        yield _Part(place.file, place.locator, record, [])
+        return
     else:
-        rejects.add(file, locator, "unknown form", f"keys {', '.join(sorted(map(str, record)))}")
-        return []
-    read = (_dialog(file, where, record, part, rejects) for where, part in parts)
-    return [dialog for dialog in read if dialog is not None]
-
-
-def _dialog(
-    file: Path, locator: str, record: Mapping[str, Any], part: Any, rejects: Rejects
-) -> Dialog | None:
-    if not isinstance(part, Mapping) or not isinstance(part.get("conversation"), list):
-        rejects.add(file, locator, "unknown form", "no list 'conversation'")
-        return None
-    turns = _turns(file, locator, part["conversation"], rejects)
-    if not turns:
-        rejects.add(file, locator, "no turns", record["video_uid"])
-        return None
+        keys = ", ".join(sorted(map(str, record)))
+        rejects.add(place.file, place.locator, "unknown form", f"keys {keys}")
+        return
     meta = record.get("metadata")
-    about = {**record, **(meta if isinstance(meta, Mapping) else {}), **part}
-    dst = about.get("dst")
-    hint = re.search(r"(?<![a-z])(train|validation|val|test)(?![a-z])", file.stem.lower())
+    for locator, part in parts:
+        conversation = part.get("conversation") if isinstance(part, Mapping) else None
+        if not isinstance(conversation, list) or not conversation:
+            rejects.add(place.file, locator, "unknown form", "no list 'conversation'")
+            continue
+        about = {**record, **(meta if isinstance(meta, Mapping) else {}), **part}
+        entries = [(f"{locator}, turn {n}", entry) for n, entry in enumerate(conversation, 1)]
+        yield _Part(place.file, locator, about, entries)
+
+
+def _add_plan(plans: dict[str | None, _Part], part: _Part, rejects: Rejects) -> None:
+    first = plans.setdefault(_text(part.about.get("user_type")), part)
+    if first is not part:
+        where = f"the first is in {first.file}, {first.locator}"
+        rejects.add(part.file, part.locator, "second DST of one dialogue", where)
+
+
+def _with_plans(
+    video_uid: str, dialogs: Sequence[Dialog], plans: Mapping[str | None, _Part], rejects: Rejects
+) -> Iterator[Dialog]:
+    """Dialogues with the plans that were given apart from them; plans without a dialogue become one without turns."""
+    steps = {kind: _steps(part, rejects) for kind, part in plans.items()}
+    used: set[str | None] = set()
+    for dialog in dialogs:
+        kind = next((kind for kind in (dialog.user_type, None) if kind in plans), "")
+        if dialog.steps is None and kind in plans:
+            used.add(kind)
+            dialog = replace(dialog, steps=steps[kind])
+        yield dialog
+    for kind, part in plans.items():
+        if kind in used or steps[kind] is None:
+            continue
+        if dialogs:
+            rejects.add(part.file, part.locator, "no dialogue for this DST", video_uid)
+        else:
+            yield _described(part, (), steps[kind])
+
+
+def _dialog(part: _Part, rejects: Rejects) -> Dialog | None:
+    turns = tuple(_turns(part, rejects))
+    has_plan = bool(part.about.get("dst")) or any(_role(entry) == "DST_UPDATE" for _, entry in part.entries)
+    if not turns and not has_plan:
+        rejects.add(part.file, part.locator, "no turns", part.about["video_uid"])
+        return None
+    steps = _steps(part, rejects) if has_plan else None
+    return None if has_plan and steps is None else _described(part, turns, steps)
+
+
+def _described(part: _Part, turns: tuple[Turn, ...], steps: tuple[Step, ...] | None) -> Dialog:
+    about = part.about
+    hint = re.search(r"(?<![a-z])(train|validation|val|test)(?![a-z])", part.file.stem.lower())
     return Dialog(
-        video_uid=record["video_uid"],
+        video_uid=about["video_uid"],
         turns=turns,
-        source_file=str(file),
+        source_file=str(part.file),
         goal=_text(about.get("inferred_goal") or about.get("task_goal")),
         knowledge=_text(about.get("inferred_knowledge") or about.get("knowledge")),
         user_type=_text(about.get("user_type")),
         quality=_quality(about),
-        steps=None if dst is None else tuple(parse_dst(dst)),
+        steps=steps,
         split=_SPLITS[hint[1]] if hint else None,
     )
 
 
-def _turns(file: Path, locator: str, conversation: list[Any], rejects: Rejects) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
-    for number, entry in enumerate(conversation, 1):
-        where = f"{locator}, turn {number}"
+def _turns(part: _Part, rejects: Rejects) -> Iterator[Turn]:
+    for where, entry in part.entries:
         if not isinstance(entry, Mapping):
-            rejects.add(file, where, "unknown form", "a turn is a mapping")
+            rejects.add(part.file, where, "unknown form", "a turn is a mapping")
             continue
         role, text, time = entry.get("role"), _text(entry.get("content")), _number(entry.get("time"))
         if role in _NOT_TURNS:
             continue
         if role not in ("user", "assistant"):
-            rejects.add(file, where, "unknown role", role)
+            rejects.add(part.file, where, "unknown role", role)
         elif text is None:
-            rejects.add(file, where, "empty content", f"of the {role}")
+            rejects.add(part.file, where, "empty content", f"of the {role}")
         elif time is None:
-            rejects.add(file, where, "no time", entry.get("time", ""))
+            rejects.add(part.file, where, "no time", entry.get("time", ""))
         else:
-            labels = _labels(entry.get("labels"))
-            turns.append(Turn(time, role, text, labels, _text(entry.get("progress"))))
-    return tuple(turns)
+            progress, labels = _text(entry.get("progress")), _labels(entry.get("labels"))
+            yield Turn(time, role, text, labels, progress, f"{part.file}, {where}")
+
+
+def _steps(part: _Part, rejects: Rejects) -> tuple[Step, ...] | None:
+    """The plan of a conversation; None, and a reject, where it cannot be read."""
+    try:
+        if not part.about.get("dst"):
+            return tuple(_steps_of_updates(part))
+        steps = parse_dst(part.about["dst"])
+    except ValueError as error:
+        rejects.add(part.file, part.locator, "unreadable DST", error)
+        return None
+    where = f"{part.file}, {part.locator}, dst"
+    return tuple(
+        replace(step, source_rows=(f"{where} {n}",) * len(step.spans)) for n, step in enumerate(steps, 1)
+    )
+
+
+def _steps_of_updates(part: _Part) -> Iterator[Step]:
+    """Steps from entries ``{"role": "DST_UPDATE", "time", "content": [{"id", "transition"}]}``.
+
+    A step ``S3`` is called what line 3 of the numbered knowledge says, if there is one; lines that nothing starts
+    are steps that never start. Their ``start_frame`` and ``end_frame`` are not used.
+    """
+    knowledge = _text(part.about.get("inferred_knowledge") or part.about.get("knowledge")) or ""
+    names = {f"S{number}": name.strip() for number, name in _NUMBERED.findall(knowledge)}
+    starts: dict[str, list[tuple[float, str]]] = {}
+    ends: dict[str, list[float]] = {}
+    for where, entry in part.entries:
+        if _role(entry) != "DST_UPDATE":
+            continue
+        time, content = _number(entry.get("time")), entry.get("content")
+        if time is None or not isinstance(content, list):
+            raise ValueError(f"{where} is a DST_UPDATE without a time or a list of transitions")
+        for update in content:
+            transition = update.get("transition") if isinstance(update, Mapping) else None
+            step_id = str(update["id"]) if transition and "id" in update else None
+            open_spans = len(starts.get(step_id or "", ())) - len(ends.get(step_id or "", ()))
+            if step_id and transition == "start" and open_spans == 0:
+                starts.setdefault(step_id, []).append((time, f"{part.file}, {where}"))
+            elif step_id and transition == "complete" and open_spans == 1:
+                ends.setdefault(step_id, []).append(time)
+            else:
+                raise ValueError(
+                    f"{where} has the transition {update!r}, which cannot follow those before it"
+                )
+    if starts.keys() <= names.keys():  # else the knowledge numbers something else
+        starts = {step_id: starts.get(step_id, []) for step_id in names}
+    for step_id, started in starts.items():
+        closed = [*ends.get(step_id, ()), math.inf]
+        spans = tuple((start, end) for (start, _), end in zip(started, closed, strict=False))
+        yield Step(step_id, names.get(step_id, step_id), spans, source_rows=tuple(row for _, row in started))
+
+
+def _role(entry: Any) -> Any:
+    return entry.get("role") if isinstance(entry, Mapping) else None
 
 
 def _labels(labels: Any) -> tuple[str, ...]:
@@ -237,50 +301,3 @@ def _number(value: Any) -> float | None:
 def _quality(about: Mapping[str, Any]) -> float | None:
     rated = about.get("auto_quality_eval", about.get("quality"))
     return _number(rated.get("final_score") if isinstance(rated, Mapping) else rated)
-
-
-def session_range(steps: Sequence[Step], turns: Sequence[Turn]) -> tuple[float, float]:
-    """Start and end in seconds of a session: all that happens in it, and 2 s on either side, from 0 on."""
-    starts = [step.start for step in steps] + [turn.t_s for turn in turns]
-    times = [t for t in starts + [step.end for step in steps] if math.isfinite(t)]
-    return max(0.0, min(times) - MARGIN_S), max(times) + MARGIN_S
-
-
-def template_dialog(
-    goal: str, steps: Sequence[Step], mistakes: Sequence[tuple[float, float]] | None, seed_text: str
-) -> tuple[Turn, ...]:
-    """The dialogue a plan implies, for recordings nobody wrote one for.
-
-    The user tells the goal a second before the first step; the assistant gives an instruction at each start,
-    feedback at each completion, a correction at the start of each mistake, and closes at the last end.
-
-    Args:
-        steps: those without a start are passed over, those without an end get no feedback.
-        mistakes: half-open spans in seconds, or None.
-        seed_text: chooses the wording; the same text gives the same words everywhere.
-
-    Returns:
-        Turns in order of time; none when no step starts.
-    """
-    seen = [step for step in steps if math.isfinite(step.start)]
-    if not seen:
-        return ()
-    # (seconds, rank among equals, wordings, what it is about): praise for a step precedes the next one
-    events = [(max(0.0, min(step.start for step in seen) - 1.0), 0, _GOAL, goal)]
-    events += [(step.start, 3, _INSTRUCTION, step.name) for step in seen]
-    ended = [step for step in seen if math.isfinite(step.end)]
-    events += [(step.end, 4 if step.end == step.start else 1, _FEEDBACK, step.name) for step in ended]
-    events += [(start, 2, _CORRECTION, "") for start, _ in mistakes or ()]
-    if ended:
-        events.append((max(step.end for step in ended), 5, _CLOSING, ""))
-    events.sort(key=lambda event: event[:2])
-    return tuple(_say(*event, f"{seed_text}/{index}") for index, event in enumerate(events))
-
-
-def _say(t_s: float, rank: int, wordings: Sequence[str], about: str, seed_text: str) -> Turn:
-    choice = int.from_bytes(hashlib.sha256(seed_text.encode()).digest()[:8], "big") % len(wordings)
-    text = wordings[choice].format(about.strip().rstrip("."))
-    if rank == 0:
-        return Turn(t_s, "user", text, ("goal",))
-    kind = {1: "feedback", 2: "correction", 3: "instruction", 4: "feedback", 5: "closing"}[rank]
-    return Turn(t_s, "assistant", text, ("initiative", kind))

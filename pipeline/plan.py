@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from schemas.clock import Clock
 from schemas.errors import UserError
-from schemas.tables import TABLES, read_table
+from schemas.tables import TABLES, label_folders, read_table
 
 Rows = list[dict[str, Any]]
 
@@ -34,12 +34,7 @@ class LabelTables:
     """
 
     def __init__(self, folder: Path) -> None:
-        folders = (
-            [folder] if (folder / "sessions.parquet").is_file() else sorted(folder.glob("*/sessions.parquet"))
-        )
-        folders = [path.parent if path.name == "sessions.parquet" else path for path in folders]
-        if not folders:
-            raise UserError(f"{folder} holds no label tables; run 'dst prepare --source S' first")
+        folders = label_folders(folder)
         self._tables = {
             name: pa.concat_tables([read_table(each, name) for each in folders])
             for name in TABLES

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from data_manifests import load_manifest
-from pipeline.align import align
-from pipeline.dialogs import read_dialogs
-from pipeline.sources import assembly101
+from data_manifests import Manifest, load_manifest
+from pipeline.align import Aligned, align
+from pipeline.dialogs import DialogIndex
+from pipeline.sources.common import Corpus, make_sessions
+from pipeline.workers import in_order
 from schemas.clock import Clock
 from schemas.errors import UserError
-from schemas.records import Rejects, Session, Video
+from schemas.records import Rejects, Video, video_files
 from schemas.tables import LabelWriter
-
-SOURCES: dict[str, Callable[..., Iterator[Session]]] = {"assembly101": assembly101.read}
-"""The corpora that can be prepared; all take what `assembly101.read` takes."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was written: sessions by split, rows by table, rejects by reason, and how many assistant turns were
-    joined to an earlier one of their tick."""
+    """What was written: sessions by split, rows by table, rejects by reason; how often something was decided that
+    no file says; how many assistant turns were joined to an earlier one of their tick; how many videos are not there.
+    """
 
     sessions: dict[str, int]
     rows: dict[str, int]
     rejects: dict[str, int]
+    notes: dict[str, int]
     joined_turns: int
+    missing_videos: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every unit is read with."""
+
+    source: str
+    clock: Clock
+    index: DialogIndex
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one unit gave."""
+
+    sessions: list[tuple[Video, Aligned]]
+    video_uids: list[str]
+    rejects: Rejects
+
+
+def corpus_of(source: str) -> Corpus:
+    """The module of a corpus there is a manifest of."""
+    load_manifest(source)
+    return cast(Corpus, importlib.import_module(f"pipeline.sources.{source}"))
 
 
 def prepare(
@@ -39,8 +68,13 @@ def prepare(
     dialogs: Path | None = None,
     level: str = "step",
     view: str | None = None,
+    workers: int = 1,
+    on_plan: Callable[[int], None] = lambda units: None,
+    on_unit: Callable[[], None] = lambda: None,
 ) -> Counts:
     """Write the label tables of a corpus to ``out/<source>``; they replace those there when all is written.
+
+    The same files give the same bytes, however many workers read them.
 
     Args:
         source: the corpus.
@@ -50,66 +84,119 @@ def prepare(
         dialogs: a file or folder of dialogues; None takes ``root/dialogs`` where that is there.
         level: which annotations are the steps, ``step`` or ``substep``.
         view: the camera of sessions whose dialogue names none; None lets the corpus choose.
+        workers: processes that read.
+        on_plan: called once with the number of units (recordings or files), for a progress bar.
+        on_unit: called after each.
 
     Raises:
         UserError: nothing that can be used; the tables of an earlier run stay as they were.
     """
-    if source not in SOURCES:
-        raise UserError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
-    manifest = load_manifest(source)
-    if not root.is_dir():
-        raise UserError(
-            f"{root} is not a folder, so there is no {source}; ask for it at {manifest.ask_at}, "
-            f"or make a synthetic one with 'dst sample --source {source} --out {root}'"
-        )
-    rejects = Rejects()
+    corpus, manifest = corpus_of(source), load_manifest(source)
+    _check(manifest, corpus, root, level, view)
     if dialogs is None and (root / "dialogs").exists():
         dialogs = root / "dialogs"
-    spoken = read_dialogs(dialogs, rejects) if dialogs else {}
-    sessions = SOURCES[source](root, spoken, rejects, level=level, view=view)
-    splits: Counter[str] = Counter()
-    joined_turns = 0
-    videos = _Videos(source)
+    rejects = Rejects()
+    index = DialogIndex(dialogs, rejects)
+    units = corpus.units(root, level, view, index.video_uids, rejects)
+    on_plan(len(units))
+    totals = _Totals(source)
     with LabelWriter(out / source) as writer:
-        for session in sessions:
-            aligned = align(session, clock, rejects, str(root))
-            if aligned is None:
-                continue
-            videos.need(session.video, aligned.last_tick)
-            row = {**aligned.session, "source": source}
-            writer.add_session(row, session.video.recording_id, aligned.steps, aligned.turns, aligned.frames)
-            splits[session.split] += 1
-            joined_turns += aligned.joined_turns
-        reasons = Counter(reject.reason for reject in rejects.rows)
-        if not splits:
-            counted = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
+        totals.add_rejects(writer, rejects)
+        with closing(in_order(_read_unit, _Task(source, clock, index), units, workers)) as results:
+            for read in results:
+                for video, aligned in read.sessions:
+                    totals.add_session(writer, video, aligned)
+                totals.video_uids.update(read.video_uids)
+                totals.add_rejects(writer, read.rejects)
+                on_unit()
+        totals.add_rejects(writer, _unclaimed(index, totals.video_uids))
+        if not totals.splits:
+            reasons = ", ".join(f"{reason} ({number})" for reason, number in totals.reasons.most_common())
             raise UserError(
-                f"{root} gave no session; what was read and not used: {counted or 'nothing'}; "
+                f"{root} gave no session; what was read and not used: {reasons or 'nothing'}; "
                 f"see what {source} looks like with 'dst sample --source {source}'"
             )
-        writer.add_videos(videos.rows())
-        writer.add_rejects(asdict(reject) for reject in rejects.rows)
-    return Counts(dict(splits), dict(writer.rows), dict(reasons), joined_turns)
+        writer.add_videos(totals.video_rows())
+        counts = totals.counts(dict(writer.rows))
+        settings = {"root": str(root), "dialogs": dialogs and str(dialogs), "level": level, "view": view}
+        about = {"source": source, **settings, "tick_hz": clock.tick_hz, **asdict(counts)}
+        writer.add_about(json.dumps(about, indent=2) + "\n")
+    return counts
 
 
-class _Videos:
-    """The videos that sessions use, each once, and how far."""
+def _check(manifest: Manifest, corpus: Corpus, root: Path, level: str, view: str | None) -> None:
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is not a folder, so there is no {manifest.name}; ask for it at {manifest.ask_at}, "
+            f"or make a synthetic one with 'dst sample --source {manifest.name} --out {root}'"
+        )
+    if level not in corpus.LEVELS:
+        raise UserError(f"{manifest.name} has no level {level!r}; known: {', '.join(corpus.LEVELS)}")
+    views = [known.name for known in manifest.views]
+    if view is not None and view not in views:
+        raise UserError(f"{manifest.name} has no view {view!r}; known: {', '.join(views) or 'its only one'}")
+
+
+def _read_unit(task: _Task, unit: Any) -> _Read:
+    rejects = Rejects()
+    annotated = list(corpus_of(task.source).read(unit, rejects))
+    sessions: list[tuple[Video, Aligned]] = []
+    for session in make_sessions(task.source, annotated, task.index, rejects):
+        aligned = align(session, task.clock, rejects)
+        if aligned is not None:
+            sessions.append((session.video, aligned))
+    return _Read(sessions, [stretch.video_uid for stretch in annotated], rejects)
+
+
+def _unclaimed(index: DialogIndex, known: set[str]) -> Rejects:
+    rejects = Rejects()
+    for video_uid in index.video_uids:
+        if video_uid not in known:
+            for place in index.places(video_uid):
+                rejects.add(place.file, place.locator, "unknown video_uid", video_uid)
+    return rejects
+
+
+class _Totals:
+    """What has been written so far, and the videos that sessions use, each once, and how far."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
+        self.video_uids: set[str] = set()
+        self.splits: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.joined_turns = 0
         self._videos: dict[str, Video] = {}
         self._last_tick: dict[str, int] = {}
 
-    def need(self, video: Video, last_tick: int) -> None:
+    def add_session(self, writer: LabelWriter, video: Video, aligned: Aligned) -> None:
         if self._videos.setdefault(video.video_id, video) != video:
             raise UserError(
                 f"{video.uri} and {self._videos[video.video_id].uri} both have the id {video.video_id!r}; "
                 "rename one of them"
             )
-        self._last_tick[video.video_id] = max(last_tick, self._last_tick.get(video.video_id, 0))
+        self._last_tick[video.video_id] = max(aligned.last_tick, self._last_tick.get(video.video_id, 0))
+        row = {**aligned.session, "source": self.source}
+        writer.add_session(row, video.recording_id, aligned.steps, aligned.turns, aligned.frames)
+        self.splits[aligned.session["split"]] += 1
+        self.joined_turns += aligned.joined_turns
 
-    def rows(self) -> list[dict[str, object]]:
+    def add_rejects(self, writer: LabelWriter, rejects: Rejects) -> None:
+        writer.add_rejects(vars(reject) for reject in rejects.rows)
+        self.reasons.update(reject.reason for reject in rejects.rows)
+        self.notes += rejects.notes
+
+    def video_rows(self) -> list[dict[str, object]]:
         return [
-            {"source": self._source, **asdict(video), "last_tick_needed": self._last_tick[video_id]}
+            {"source": self.source, **asdict(video), "last_tick_needed": self._last_tick[video_id]}
             for video_id, video in sorted(self._videos.items())
         ]
+
+    def counts(self, rows: dict[str, int]) -> Counts:
+        missing = sum(
+            not all(path.is_file() for path in video_files(video.uri)) for video in self._videos.values()
+        )
+        return Counts(
+            dict(self.splits), rows, dict(self.reasons), dict(self.notes), self.joined_turns, missing
+        )

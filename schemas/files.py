@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from schemas.errors import UserError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -47,13 +50,18 @@ def write_text(path: Path, text: str) -> None:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a fresh temporary folder beside ``path``; on success it takes ``path``'s place as one step.
 
-    The old folder, where there was one, is whole until the exchange and removed after it.
+    The old folder, where there was one, is whole until the exchange and removed after it. What a killed run left
+    behind is removed by the next.
+
+    Raises:
+        UserError: another process is writing the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    lock = _lock(temporary, path)
     try:
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -67,6 +75,21 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(temporary: Path, path: Path) -> int:
+    """Make a folder and hold it until its descriptor is closed, which a killed process does too."""
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), temporary.stat()):  # its owner has just moved or removed it
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
+        os.close(lock)
+        raise UserError(f"another run is writing {path}; wait until it is done, or stop it") from None
+    return lock
 
 
 def _exchange(a: Path, b: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from schemas.errors import UserError
 from schemas.states import Step
 
 Split = Literal["train", "val", "test"]
@@ -13,24 +17,49 @@ DialogOrigin = Literal["human", "generated", "template"]
 
 @dataclass(frozen=True)
 class Video:
-    """One video file. Cameras of one recording share ``recording_id``, and with it their split."""
+    """One video: a file, or several that are one after the other. Cameras of one recording share ``recording_id``,
+    and with it their split."""
 
     video_id: str
     recording_id: str
-    uri: str
+    uri: str  # a path, or `joined_uri` of several
     rotation_deg: int = 0  # counter-clockwise, what makes the picture upright
-    duration_s: float | None = None  # None where the file is not at hand
+    duration_s: float | None = None  # None where neither the file is at hand nor the annotations say
+
+
+_JOINED = "concat:"
+
+
+def joined_uri(paths: Sequence[Path]) -> str:
+    """The uri of a video whose parts are several files, in the notation of FFmpeg's concat protocol.
+
+    Raises:
+        UserError: one of several paths holds the separator ``|``.
+    """
+    if len(paths) > 1 and any("|" in str(path) for path in paths):
+        raise UserError(f"a path of {', '.join(map(str, paths))} holds the character '|'; rename it")
+    return str(paths[0]) if len(paths) == 1 else _JOINED + "|".join(map(str, paths))
+
+
+def video_files(uri: str) -> list[Path]:
+    """The files of a video, in order."""
+    return (
+        [Path(part) for part in uri.removeprefix(_JOINED).split("|")]
+        if uri.startswith(_JOINED)
+        else [Path(uri)]
+    )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance at ``t_s`` seconds of its video."""
+    """One utterance at ``t_s`` seconds of its video; ``source_row`` is None for one that no file holds."""
 
     t_s: float
     role: Literal["user", "assistant"]
     text: str
     labels: tuple[str, ...] = ()
     progress: str | None = None
+    source_row: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +78,7 @@ class Session:
     start_s: float
     end_s: float
     dialog_origin: DialogOrigin
+    source_file: str  # what rejects name
     knowledge: str | None = None
     user_type: str | None = None
     quality: float | None = None
@@ -67,9 +97,13 @@ class Reject:
 
 @dataclass
 class Rejects:
-    """Collects what is not used; nothing is dropped without passing here."""
+    """Collects what is not used; nothing is dropped without passing here.
+
+    ``notes`` count what was used although the files do not say how, by what was done about it.
+    """
 
     rows: list[Reject] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, source_file: object, locator: object, reason: str, detail: object = "") -> None:
         self.rows.append(Reject(str(source_file), str(locator), reason, str(detail)))

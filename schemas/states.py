@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Step:
 
     ``spans`` are half-open intervals in seconds; a step that is interrupted has several. It is in progress
     from its first start to its last end. An end of ``inf`` is a step that is never seen to end; no span at all
-    is a step that never starts.
+    is a step that never starts. ``source_rows`` say, span by span, which row of which file it was read from.
     """
 
     step_id: str
@@ -39,6 +39,7 @@ class Step:
     spans: tuple[tuple[float, float], ...] = ()
     type: str = "step"
     parent: str | None = None
+    source_rows: tuple[str, ...] = ()
     start: float = field(init=False)
     end: float = field(init=False)
 
@@ -108,7 +109,7 @@ def _entry(entry: Mapping[str, Any], index: int, parent: str | None) -> Step:
     name = str(entry.get("name", step_id)).strip()
     times = entry.get("timestamps", entry)
     if isinstance(times, Sequence) and not isinstance(times, str):
-        return _task(name, entry, index, step_id)
+        return replace(_task(name, entry, index, step_id), type=kind, parent=parent)
     start = _time(times, _START_KEYS, step_id)
     end = _time(times, _END_KEYS, step_id)
     if start is None and end is not None:

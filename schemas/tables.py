@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +62,7 @@ TABLES: dict[str, pa.Schema] = {
         name=_string,
         parent_or_null=_string,
         spans=pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64())])),
+        source_rows=pa.list_(_string),
     ),
     "turns": _schema(
         session_id=_string,
@@ -72,6 +73,7 @@ TABLES: dict[str, pa.Schema] = {
         text=_string,
         labels=pa.list_(_string),
         progress_or_null=_string,
+        source_row_or_null=_string,
     ),
     "frames": _schema(
         session_id=_string,
@@ -102,19 +104,22 @@ class LabelWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self._folder = folder
         self._stack = ExitStack()
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         self._buffered: Counter[str] = Counter()
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._sessions: set[str] = set()
         self._split_of: dict[str, str] = {}
-        self.rows: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter(dict.fromkeys(TABLES, 0))  # given so far
 
     def __enter__(self) -> LabelWriter:
-        temporary = self._stack.enter_context(replacing_folder(self.folder))
+        filled = self.folder.exists() and any(self.folder.iterdir())
+        if filled and not (self.folder / "sessions.parquet").is_file():
+            raise UserError(f"{self.folder} holds something else than label tables; give another --out")
+        self._folder = self._stack.enter_context(replacing_folder(self.folder))
         for name, schema in TABLES.items():
-            writer = pq.ParquetWriter(temporary / f"{name}.parquet", schema, compression="zstd")
+            writer = pq.ParquetWriter(self._folder / f"{name}.parquet", schema, compression="zstd")
             self._writers[name] = self._stack.enter_context(writer)
         return self
 
@@ -163,38 +168,70 @@ class LabelWriter:
         """Add what was not used."""
         self._extend("rejects", rejects)
 
+    def add_about(self, text: str) -> None:
+        """Add ``about.json``: how the tables were made."""
+        (self._folder / "about.json").write_text(text, encoding="utf-8")
+
     def _extend(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append(name, pa.Table.from_pylist(list(rows), schema=TABLES[name]))
 
     def _append(self, name: str, table: pa.Table) -> None:
         self._buffers[name].append(table)
         self._buffered[name] += table.num_rows
+        self.rows[name] += table.num_rows
         if self._buffered[name] >= _ROW_GROUP:
             self._flush(name)
 
     def _flush(self, name: str) -> None:
         if self._buffered[name]:
             self._writers[name].write_table(pa.concat_tables(self._buffers[name]))
-        self.rows[name] += self._buffered[name]
         self._buffers[name], self._buffered[name] = [], 0
 
 
 def read_table(folder: Path, name: str) -> pa.Table:
-    """Read one label table and check its columns.
+    """Read one label table.
 
     Raises:
-        UserError: the folder holds no such table, or one with other columns.
+        UserError: as `open_table`.
+    """
+    with open_table(folder, name) as path:
+        return pq.read_table(path)
+
+
+@contextmanager
+def open_table(folder: Path, name: str) -> Iterator[Path]:
+    """The file of one label table, to read of it what is needed.
+
+    Raises:
+        UserError: there is none, it has other columns than this version's, or reading it finds that it is broken.
     """
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise UserError(f"{folder} holds no {name}.parquet; run 'dst prepare' first")
     try:
-        table = pq.read_table(path)
+        if not pq.read_schema(path).equals(TABLES[name]):
+            raise UserError(f"{path} has other columns than this version writes; run 'dst prepare' again")
+        yield path
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run 'dst prepare' again") from None
-    if not table.schema.equals(TABLES[name]):
-        raise UserError(f"{path} has other columns than this version writes; run 'dst prepare' again")
-    return table
+        sentence = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({sentence}); run 'dst prepare' again") from None
+
+
+def label_folders(labels: Path) -> list[Path]:
+    """The folders of label tables: the one given, or those inside it, one a corpus.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (labels / "sessions.parquet").is_file():
+        return [labels]
+    folders = sorted(path.parent for path in labels.glob("*/sessions.parquet"))
+    finished = [
+        folder for folder in folders if not folder.name.startswith(".")
+    ]  # a killed run leaves such a one
+    if not finished:
+        raise UserError(f"{labels} holds no label tables; run 'dst prepare --source S' first")
+    return finished
 
 
 def validate_labels(folder: Path) -> list[str]:
@@ -203,7 +240,7 @@ def validate_labels(folder: Path) -> list[str]:
     Returns:
         One sentence for each thing that does not hold; an empty list when all does.
     """
-    tables = {name: read_table(folder, name) for name in TABLES}
+    tables = {name: read_table(folder, name) for name in ("videos", "sessions")}
     problems: list[str] = []
     videos = {row["video_id"]: row for row in tables["videos"].to_pylist()}
     sessions = {row["session_id"]: row for row in tables["sessions"].to_pylist()}
@@ -223,9 +260,10 @@ def validate_labels(folder: Path) -> list[str]:
             problems.append(f"session {session['session_id']} goes past its video's last_tick_needed")
     num_frames: Counter[str] = Counter()
     previous: dict[str, list[int]] = {}
-    for batch in tables["frames"].to_batches(max_chunksize=_ROW_GROUP):
-        for row in batch.to_pylist():
-            problems.extend(_check_frame(row, sessions, num_frames, previous))
+    with open_table(folder, "frames") as path, pq.ParquetFile(path) as frames:
+        for batch in frames.iter_batches():
+            for row in batch.to_pylist():
+                problems.extend(_check_frame(row, sessions, num_frames, previous))
     for session_id, session in sessions.items():
         if num_frames[session_id] != session["num_ticks"]:
             problems.append(f"session {session_id} has {num_frames[session_id]} frames rows, not num_ticks")

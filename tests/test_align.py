@@ -63,7 +63,18 @@ def session_of(
 ) -> Session:
     video = Video("x/one/cam", "one", "cam.mp4", duration_s=duration_s)
     return Session(
-        *("x/one", video, "train", "do it", tuple(steps), tuple(turns), start_s, end_s, "template"),
+        *(
+            "x/one",
+            video,
+            "train",
+            "do it",
+            tuple(steps),
+            tuple(turns),
+            start_s,
+            end_s,
+            "template",
+            "labels.txt",
+        ),
         mistakes=mistakes,
     )
 
@@ -85,7 +96,7 @@ def ticks_of(session: Session, hz: Fraction) -> list[int]:
 @given(sessions(), st.sampled_from(sorted(RATES)))
 def test_a_session_is_what_the_definitions_say(session: Session, rate: float) -> None:
     hz, rejects = RATES[rate], Rejects()
-    aligned = align(session, Clock(rate), rejects, "a file")
+    aligned = align(session, Clock(rate), rejects)
     ticks = ticks_of(session, hz)
     if not ticks:
         assert aligned is None
@@ -166,7 +177,7 @@ def test_a_video_shorter_than_its_annotations() -> None:
         duration_s=4.0,
     )
     rejects = Rejects()
-    aligned = align(session, Clock(), rejects, "labels.txt")
+    aligned = align(session, Clock(), rejects)
     assert aligned is not None
     assert aligned.frames["tick"].to_pylist() == [1, 2, 3, 4, 5, 6, 7]
     assert aligned.frames["dst_state"].to_pylist() == [[0, 0, 0], *[[1, 0, 0]] * 2, *[[2, 1, 0]] * 4]
@@ -188,7 +199,7 @@ def test_a_video_shorter_than_its_annotations() -> None:
 
 def test_a_step_shorter_than_a_tick_starts_and_completes_in_one() -> None:
     session = session_of([Step("S1", "one", ((1.1, 1.2),))], [], 0.0, 2.0)
-    aligned = align(session, Clock(), Rejects(), "")
+    aligned = align(session, Clock(), Rejects())
     assert aligned is not None
     assert aligned.frames["transitions"].to_pylist() == [[0], [0], [0], [3], [0]]
     assert aligned.frames["mistake"].to_pylist() == [None] * 5
@@ -196,7 +207,7 @@ def test_a_step_shorter_than_a_tick_starts_and_completes_in_one() -> None:
 
 def test_texts_of_one_tick_are_joined_in_order_of_time() -> None:
     turns = [Turn(1.4, "assistant", "second"), Turn(1.2, "assistant", "first"), Turn(1.3, "user", "hm")]
-    aligned = align(session_of([Step("S1", "one", ((1.0, 2.0),))], turns, 0.0, 2.0), Clock(), Rejects(), "")
+    aligned = align(session_of([Step("S1", "one", ((1.0, 2.0),))], turns, 0.0, 2.0), Clock(), Rejects())
     assert aligned is not None
     assert aligned.frames["response"].to_pylist() == [None, None, None, "first second", None]
     assert [(row["text"], row["tick"]) for row in aligned.turns] == [("first", 3), ("hm", 3), ("second", 3)]
@@ -209,5 +220,5 @@ def test_texts_of_one_tick_are_joined_in_order_of_time() -> None:
 )
 def test_nothing_left_is_one_reject(steps: list[Step], duration_s: float | None, reason: str) -> None:
     rejects = Rejects()
-    assert align(session_of(steps, [], 7.0, 11.5, duration_s), Clock(), rejects, "labels.txt") is None
+    assert align(session_of(steps, [], 7.0, 11.5, duration_s), Clock(), rejects) is None
     assert [(reject.locator, reject.reason) for reject in rejects.rows] == [("x/one", reason)]

@@ -779,4 +779,4 @@ def test_a_real_video(path: Path, tiny_model: Path, encoder: VisionEncoder, tmp_
     stored = cache.session("pancake/one")
     assert stored.frames.to_pylist() == frames
     assert stored.column("dst_state")[:, 0].tolist() == states
-    assert stored.turns == [turn | {"progress": None}]
+    assert stored.turns == [turn | {"progress": None, "source_row": None}]

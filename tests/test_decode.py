@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, TickFrame, probe_duration, tick_frames
 from schemas.clock import Clock
+from schemas.records import joined_uri
 
 BITS, BLOCK, HEIGHT = 12, 16, 32
 WIDTH = BITS * BLOCK
@@ -183,6 +184,8 @@ def test_no_tick_at_the_very_end(tmp_path: Path) -> None:
     assert len(list(tick_frames(steady(tmp_path / "a.mp4", 3.0), Clock(2.0)))) == 6
     assert len(list(tick_frames(steady(tmp_path / "b.mp4", 3.0 + 1 / 30), Clock(2.0)))) == 7
     assert len(list(tick_frames(numbered(tmp_path / "c.mp4", [0], Fraction(1, 30)), Clock(2.0)))) == 1
+    just_longer = steady(tmp_path / "d.mp4", 3.0009, Fraction(20_000, 10_003))  # 6 frames of 500.15 ms
+    assert [frame.tick for frame in tick_frames(just_longer, Clock(2.0))] == list(range(7))
 
 
 @pytest.mark.parametrize("last_tick", [0, 1, 4, 5, 6, 99])
@@ -422,3 +425,141 @@ def test_real_videos(path: Path) -> None:
     assert [frame.pts_s for frame in frames] == pytest.approx([at for _, at in wanted])
     for frame, (number, _) in zip(frames, wanted, strict=True):
         np.testing.assert_array_equal(frame.image, every[number][1])
+
+
+# ---- a video of several files
+
+
+def with_told_duration(path: Path, seconds: float) -> Path:
+    """Overwrite the duration in a Matroska header; 0 tells none."""
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes.fromhex("448988")) + 3
+    data[at : at + 8] = struct.pack(">d", 1000 * seconds)
+    path.write_bytes(data)
+    return path
+
+
+def small(path: Path, frames: int, rate: Fraction) -> Path:
+    pictures = [np.ascontiguousarray(bar_code(n)[:, :64]) for n in range(500, 500 + frames)]
+    return write_video(path, pictures, range(frames), 1 / rate, rate)
+
+
+def laid_out(
+    paths: Sequence[Path], lengths: Sequence[Fraction | None]
+) -> tuple[list[tuple[Fraction, NDArray[np.uint8]]], Fraction]:
+    """All frames of all files, each where it is on the common axis, and where that ends.
+
+    Args:
+        lengths: what the header of each file tells.
+    """
+    frames: list[tuple[Fraction, NDArray[np.uint8]]] = []
+    begin = Fraction(0)
+    for number, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+        with av.open(str(path)) as container:
+            every = [
+                (
+                    frame.pts * frame.time_base,
+                    frame.duration * frame.time_base,
+                    frame.to_ndarray(format="rgb24"),
+                )
+                for frame in container.decode(video=0)
+            ]
+        first, (last, lasts, _) = every[0][0], every[-1]
+        decoded_end = begin + last - first + lasts
+        end = decoded_end if length is None or number == len(paths) - 1 else begin + length
+        is_last = number == len(paths) - 1
+        frames += [
+            (begin + at - first, image) for at, _, image in every if is_last or begin + at - first < end
+        ]
+        begin = end
+    return frames, begin
+
+
+RATE = RATES["29.97"]
+KINDS = {  # of a file of 2 to 3 seconds: how it is made, and what its header tells
+    "steady": (lambda folder: steady(folder / "a.mp4", 2.0), Fraction(2)),
+    "drifting": (lambda folder: steady(folder / "b.mp4", 2.3, RATE, bf="3"), 69 / RATE),
+    "late start": (lambda folder: numbered(folder / "c.mp4", range(900, 990), Fraction(1, 30)), None),
+    "little": (lambda folder: small(folder / "d.mp4", 70, RATES["24"]), Fraction(70, 24)),
+    "cut by its header": (
+        lambda folder: with_told_duration(steady(folder / "e.mkv", 3.0), 2.214),
+        Fraction(2214, 1000),
+    ),
+    "shorter than its header": (
+        lambda folder: with_told_duration(steady(folder / "f.mkv", 2.0), 2.906),
+        Fraction(2906, 1000),
+    ),
+    "without a told end": (lambda folder: with_told_duration(steady(folder / "g.mkv", 2.5), 0), None),
+}
+
+
+@pytest.mark.parametrize("hz", [2.0, 5.0, 30.0])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("steady", "drifting", "little"),
+        ("drifting", "drifting", "drifting", "steady"),
+        ("cut by its header", "little", "shorter than its header"),
+        ("shorter than its header", "cut by its header"),
+        ("without a told end", "late start"),
+        ("late start",),
+    ],
+    ids=" + ".join,
+)
+def test_parts_lie_one_after_the_other(tmp_path: Path, kinds: tuple[str, ...], hz: float) -> None:
+    paths = [KINDS[kind][0](tmp_path) for kind in kinds]
+    frames, end = laid_out(paths, [KINDS[kind][1] for kind in kinds])
+    wanted = expected([at for at, _ in frames], end, hz)
+    got = list(tick_frames(joined_uri(paths), Clock(hz)))
+    assert [frame.tick for frame in got] == list(range(len(wanted)))
+    assert [frame.pts_s for frame in got] == [at for _, at in wanted]
+    for frame, (number, _) in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(frame.image, frames[number][1])
+    half = [(frame.tick, frame.pts_s) for frame in tick_frames(joined_uri(paths), Clock(hz), len(got) // 2)]
+    assert half == [(frame.tick, frame.pts_s) for frame in got[: len(got) // 2 + 1]]
+
+
+def test_parts_worked_by_hand(tmp_path: Path) -> None:
+    """The header of the first says 2.214 s, of the second 2.906 s, where it has 2 s of pictures."""
+    kinds = ("cut by its header", "shorter than its header", "little")
+    paths = [KINDS[kind][0](tmp_path) for kind in kinds]
+    frames = list(tick_frames(joined_uri(paths), Clock(2.0)))
+    assert [frame.pts_s for frame in frames][:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert [frame.pts_s for frame in frames][5:10] == pytest.approx([2.481, 2.981, 3.481, 3.981, 4.181])
+    assert [read_bar_code(frame.image) for frame in frames[:11]] == [0, 15, 30, 45, 60, 8, 23, 38, 53, 59, 59]
+    assert [frame.pts_s for frame in frames][11] == pytest.approx(5.12 + 9 / 24)
+    assert [frame.image.shape[1] for frame in frames] == [WIDTH] * 11 + [64] * 6  # to 5.12 + 70 / 24 = 8.04 s
+
+
+def test_a_part_begins_where_the_probed_durations_end(tmp_path: Path) -> None:
+    for kind in ("steady", "drifting", "little", "cut by its header", "shorter than its header"):
+        first = KINDS[kind][0](tmp_path)
+        second = KINDS["late start"][0](tmp_path)
+        told = KINDS[kind][1]
+        assert probe_duration(first) == float(told)
+        shown = [frame.pts_s for frame in tick_frames(joined_uri([first, second]), Clock(60.0))]
+        assert probe_duration(first) in shown  # the second's first frame
+    with pytest.raises(DecodeError, match=r"g\.mkv tells no duration in its header"):
+        probe_duration(KINDS["without a told end"][0](tmp_path))
+    path = KINDS["steady"][0](tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mdhd") + 20
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(DecodeError, match=r"a\.mp4 tells no duration in its header"):
+        probe_duration(path)
+    second = KINDS["little"][0](tmp_path)
+    assert [frame.pts_s for frame in tick_frames(joined_uri([path, second]), Clock(2.0))][4:6] == [2.0, 2.5]
+
+
+def test_parts_that_are_not_whole(tmp_path: Path) -> None:
+    first = steady(tmp_path / "a.mp4", 2.0)
+    frames: list[TickFrame] = []
+    with pytest.raises(DecodeError) as raised:
+        frames.extend(tick_frames(joined_uri([first, tmp_path / "b.mp4"]), Clock(2.0)))
+    assert str(raised.value) == f"{tmp_path / 'b.mp4'} is not there"
+    assert len(list(tick_frames(joined_uri([first, tmp_path / "b.mp4"]), Clock(2.0), 3))) == 4
+    broken = damaged(steady(tmp_path / "c.mkv", 4.0, g="30"), 60)
+    with pytest.raises(DecodeError, match=r"c\.mkv is damaged at 2"):
+        list(tick_frames(joined_uri([first, broken]), Clock(2.0)))
+    assert len(list(tick_frames(joined_uri([with_told_duration(broken, 1.5), first]), Clock(2.0)))) == 7

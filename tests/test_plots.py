@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.shards import LabelledSession
+from schemas.tables import TABLES
 from training.baselines import always_speak, copy_initial
-from training.plots import curves_picture, timeline_picture
+from training.plots import curves_picture, labels_picture, timeline_picture
 from training.traces import Trace, Track
 
 TICKS, STEPS = 40, 3
@@ -40,6 +43,42 @@ def trace() -> Trace:
 
 def frame(value: int, size: tuple[int, int] = (90, 160)) -> NDArray[np.uint8]:
     return np.full((*size, 3), value, dtype=np.uint8)
+
+
+def labelled(steps: int, turns: int, mistake: bool | None) -> LabelledSession:
+    """A session of ticks 20 to 319 whose steps start evenly apart, each in progress for half of that distance."""
+    starts = np.arange(steps) * 300 // steps
+    started = np.arange(300)[:, None] >= starts
+    completed = np.arange(300)[:, None] >= starts + max(1, 150 // steps)
+    columns = {
+        "session_id": ["toy/a"] * 300,
+        "split": ["val"] * 300,
+        "tick": np.arange(20, 320),
+        "t_s": np.arange(20, 320) / 2,
+        "speak": [False] * 300,
+        "response": [None] * 300,
+        "dst_update": [False] * 300,
+        "dst_state": (started.astype(np.int8) + completed).tolist(),
+        "transitions": [[0] * steps] * 300,
+        "mistake": [None if mistake is None else mistake and tick < 30 for tick in range(300)],
+    }
+    about = {"session_id": "toy/a", "split": "val", "goal": "Pay $5 or $6", "dialog_origin": "human"}
+    return LabelledSession(
+        meta=about | {"tick_hz": 2.0, "first_tick": 20, "num_ticks": 300},
+        steps=[{"name": f"step_{step} costs $x^"} for step in range(steps)],
+        turns=[
+            {"tick": 20 + turn, "role": ("user", "assistant")[turn % 2], "text": "Now\nthis $x^" * 30}
+            for turn in range(turns)
+        ],
+        frames=pa.table(columns, schema=TABLES["frames"]),
+    )
+
+
+def share_of(colour: tuple[int, int, int], path: Path) -> float:
+    """Which part of a picture has a colour."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    return float((pixels == colour).all(axis=-1).mean())
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -85,6 +124,73 @@ def test_timeline_without_ticks_and_steps(tmp_path: Path) -> None:
     planless = Track(two, two, np.zeros((2, 0), np.int8), (None, None))
     timeline_picture(Trace("a", 2.0, 0, (), planless, planless, None, None), [], tmp_path / "b.png", "b")
     assert [size_of(tmp_path / name)[0] for name in ("a.png", "b.png")] == [1950, 1950]
+
+
+def test_labels_open_and_repeat_to_the_byte(tmp_path: Path) -> None:
+    frames = [(tick, frame(tick // 2)) for tick in range(20, 320, 30)]
+    for name in ("a.png", "b.png"):
+        labels_picture(labelled(5, 30, True), frames, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
+    width, height = size_of(tmp_path / "a.png")
+    assert width == 1950
+    assert 900 < height < 1500
+    for speaker in ((0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)):
+        assert share_of(speaker, tmp_path / "a.png") > 0
+
+
+def test_labels_show_the_states_as_they_are(tmp_path: Path) -> None:
+    """Areas of the bands: each of 4 steps starts at 0, 1/4, 1/2, 3/4 and is in progress for 1/8 of the session."""
+    labels_picture(labelled(4, 0, False), [], tmp_path / "a.png")
+    grey, orange, blue = (
+        share_of(colour, tmp_path / "a.png")
+        for colour in ((0xE6, 0xE8, 0xEB), (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2))
+    )
+    # Before 150 of 400 hundredths of the bands, in progress 50, after 200; the legend adds a little to each, and
+    # the band of mistakes, empty here, more to the first.
+    assert blue / orange == pytest.approx(200 / 50, rel=0.1)
+    assert grey > orange * 150 / 50
+    assert share_of((0xD5, 0x5E, 0x00), tmp_path / "a.png") < 0.001  # in the legend only
+
+
+def test_labels_show_mistakes(tmp_path: Path) -> None:
+    shares = []
+    for mistake in (True, False, None):
+        labels_picture(labelled(3, 2, mistake), [], tmp_path / "a.png")
+        shares.append(share_of((0xD5, 0x5E, 0x00), tmp_path / "a.png"))
+    assert shares[0] > 2 * shares[1] > 0
+    assert shares[1] == pytest.approx(shares[2], rel=0.1)
+
+
+def test_long_plans_stay_readable(tmp_path: Path) -> None:
+    heights = {}
+    for steps in (40, 41, 300):
+        labels_picture(labelled(steps, 3, None), [], tmp_path / "a.png")
+        heights[steps] = size_of(tmp_path / "a.png")[1]
+        assert (
+            share_of((0xE6, 0x9F, 0x00), tmp_path / "a.png") > 0.001
+        )  # more than the legend: none is too thin
+    assert heights[41] == heights[300] < heights[40] < 3000
+
+
+def test_a_timeline_of_a_long_plan_is_not_endless(trace: Trace, tmp_path: Path) -> None:
+    state = np.repeat(trace.truth.state, 50, axis=1)
+    track = replace(trace.truth, state=state)
+    names = tuple(f"step {number}" for number in range(150))
+    timeline_picture(
+        replace(trace, step_names=names, truth=track, predicted=track), [], tmp_path / "a.png", "long"
+    )
+    assert size_of(tmp_path / "a.png")[1] < 3000
+
+
+def test_labels_without_frames_words_or_steps(tmp_path: Path) -> None:
+    session = labelled(2, 0, None)
+    nothing = pa.array([[]] * 300, TABLES["frames"].field("dst_state").type)
+    planless = replace(session, steps=[], frames=session.frames.set_column(7, "dst_state", nothing))
+    for each in (session, planless):
+        labels_picture(each, [(20, frame(0, (160, 90)))], tmp_path / "a.png")
+        labels_picture(each, [], tmp_path / "b.png")
+        assert size_of(tmp_path / "a.png")[1] > size_of(tmp_path / "b.png")[1]
 
 
 def test_curves_open_and_repeat_to_the_byte(tmp_path: Path) -> None:

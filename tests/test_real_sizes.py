@@ -45,8 +45,10 @@ def write_labels(folder: Path, splits: tuple[Split, ...]) -> None:
             video = Video(f"hand/{split}", split, str(folder / f"{split}.mp4"))
             steps = (Step("S1", "open the box", ((0.0, 0.5),)), Step("S2", "close the box", ((0.5, 9.0),)))
             turns = (Turn(0.4, "assistant", "Now close the box."),)
-            session = Session(f"hand/{split}", video, split, "Use the box", steps, turns, 0.0, 0.5, "human")
-            aligned = align(session, Clock(2.0), rejects, "by hand")
+            session = Session(
+                f"hand/{split}", video, split, "Use the box", steps, turns, 0.0, 0.5, "human", "by hand"
+            )
+            aligned = align(session, Clock(2.0), rejects)
             assert aligned is not None
             row = {**aligned.session, "source": "hand"}
             writer.add_session(row, split, aligned.steps, aligned.turns, aligned.frames)

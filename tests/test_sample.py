@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.sample import assembly101
 from pipeline.sample.assembly101 import write_sample
-from pipeline.sample.render import Painter, write_video
+from pipeline.sample.render import Painter, whole, write_videos
 from pipeline.sample.world import ANNOTATION_FPS, Episode, Recording, make_recordings, part_name, step_name
 from schemas.errors import UserError
 from schemas.tables import read_table, validate_labels
@@ -355,32 +355,16 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-class NoPool:
-    """Stands in for the pool of processes: the videos are not written."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __enter__(self) -> NoPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def map(self, *_: object) -> list[None]:
-        return []
-
-
 def test_the_same_arguments_give_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly101, "ProcessPoolExecutor", NoPool)
+    monkeypatch.setattr(assembly101, "write_videos", lambda clips, on_video: None)
     write_sample(tmp_path / "again", 18, seed=3)
     write_sample(tmp_path / "other", 18, seed=4)
     assert hashes(tmp_path / "again") == hashes(corpus)
     assert hashes(tmp_path / "other") != hashes(corpus)
     shortest = min(corpus_recordings(), key=lambda recording: recording.end)
-    write_video(shortest, tmp_path / "video.mp4")
+    write_videos([whole(shortest, tmp_path / "video.mp4")], lambda: None)
     assert (tmp_path / "video.mp4").read_bytes() == video_of(corpus, shortest).read_bytes()
 
 

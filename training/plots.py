@@ -1,20 +1,24 @@
-"""Pictures of a session, truth over prediction, and of a training run's curves. The same input, the same bytes."""
+"""Pictures of a session, as labelled or truth over prediction, and of a run's curves. Equal input, equal bytes."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.shards import LabelledSession
 from schemas.files import replacing_file
 from schemas.states import STATE_NAMES
 from training.traces import Outcome, Trace
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -25,13 +29,21 @@ _STATE_COLOURS = ("#E6E8EB", "#E69F00", "#0072B2")
 _LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 _INK, _QUIET, _FAINT = "#22262B", "#6B7280", "#D5D9DE"
 
-# What a tick of speech is: label, colour, marker, whether the marker is filled.
-_SPEECH: dict[Outcome, tuple[str, str, str, bool]] = {
+_Look = tuple[str, str, str, bool]
+"""A mark of speech: what it means, its colour, its shape, whether it is filled."""
+
+# Drawn from the last to the first, so that the rarer and better kinds are on top.
+_SPEECH: dict[Outcome, _Look] = {
     "exact": ("said as it should be", "#009E73", "o", True),
     "words": ("right tick, other words", "#56B4E9", "D", True),
     "missed": ("not said", _QUIET, "o", False),
     "extra": ("said, not asked for", "#D55E00", "X", True),
 }
+_ROLES: dict[str, _Look] = {
+    "assistant": ("the assistant speaks", "#009E73", "o", True),
+    "user": ("the user speaks", "#CC79A7", "D", True),
+}
+_MISTAKE = "#D55E00"
 
 _WIDTH, _LEFT, _RIGHT, _MARGIN = 13.0, 2.75, 0.85, 0.3  # inches
 _PLOT = _WIDTH - _LEFT - _RIGHT
@@ -40,6 +52,42 @@ _MAX_FRAMES, _MAX_UTTERANCES = 8, 12
 _THUMB = 0.86  # inches, the height of a frame at most
 _LINE = 0.215  # inches, one row of the list of utterances
 _NUMBER_ROOM = 0.17  # inches that a number above a mark needs
+_MAX_NAMED = 40  # steps; the bands of a longer plan have numbers instead of names
+_THIN_BANDS = 8.0  # inches, all bands of such a plan together
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where a session's ticks are in time; a session without ticks is drawn one tick wide."""
+
+    first_tick: int
+    num_ticks: int
+    tick_hz: float
+
+    def time(self, tick: int) -> float:
+        """Second of the video at a tick counted from the session's first."""
+        return (self.first_tick + tick) / self.tick_hz
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """First and last second."""
+        return self.time(0), self.time(max(1, self.num_ticks))
+
+    @property
+    def inch(self) -> float:
+        """Seconds in an inch of the picture."""
+        low, high = self.span
+        return (high - low) / _PLOT
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """Words at a tick: the rows of marks it is in, how it looks, and what stands in the list's columns."""
+
+    tick: int
+    rows: tuple[int, ...]
+    look: _Look
+    cells: tuple[str, ...]
 
 
 def timeline_picture(trace: Trace, frames: Frames, path: Path, title: str) -> None:
@@ -51,23 +99,47 @@ def timeline_picture(trace: Trace, frames: Frames, path: Path, title: str) -> No
         path: the file to write.
         title: the heading.
     """
-    spoken = trace.spoken()
-    places = np.linspace(0, len(frames) - 1, min(len(frames), _MAX_FRAMES)).round().astype(int)
-    shown = [frames[place] for place in places]
-    listed = min(len(spoken), _MAX_UTTERANCES)
-    words = _LINE * (listed + 2) if spoken else 0.0
-    thumb = _thumb(shown)[1] + 0.45 if shown else 0.0
-    heights = (1.0, thumb, 0.1 + 0.4 * len(trace.step_names), 0.8, 0.6, words)
-    figure, (head, film, bands, speech, _, table) = _rows(heights)
-    for axes in (film, bands, speech):
-        axes.set_xlim(*_span(trace))
-    _draw_head(head, trace, title)
-    if shown:
-        _draw_frames(film, shown, trace)
-    _draw_bands(bands, trace)
-    _draw_speech(speech, trace, spoken)
-    if spoken:
-        _draw_utterances(table, trace, spoken)
+    scale = _Scale(trace.first_tick, trace.truth.num_ticks, trace.tick_hz)
+    spoken = [_outcome(trace, tick, kind) for tick, kind in trace.spoken()]
+    shown = _evenly(frames)
+    figure, (head, film, bands, speech, _, table) = _rows(
+        (1.0, _film_height(shown), _bands_height(len(trace.step_names), 0.4), 0.8, 0.6, _list_height(spoken))
+    )
+    reading = "of each pair of bands the upper is true, the lower predicted"
+    handles = [*_state_handles(), *_mark_handles(_SPEECH.values())]
+    _draw_head(head, title, _facts(trace.session_id, scale, len(trace.step_names), reading), handles)
+    _draw_frames(film, shown, scale)
+    tracks = [("true", trace.truth.state), ("predicted", trace.predicted.state)]
+    _draw_bands(bands, trace.step_names, tracks, scale)
+    _draw_speech(speech, ("said", "to be said"), _SPEECH.values(), spoken, scale)
+    _draw_utterances(table, [(1.4, "to be said", 84), (7.0, "said", 84)], spoken, scale)
+    _write(figure, path)
+
+
+def labels_picture(session: LabelledSession, frames: Frames, path: Path) -> None:
+    """Draw what is labelled in one session as a PNG: frames, every step's state, mistakes, who speaks when.
+
+    Args:
+        session: its rows.
+        frames: (tick of the video, RGB uint8 ``[H, W, 3]``) in order of time; at most 8 are shown, evenly chosen.
+        path: the file to write.
+    """
+    scale = _Scale(session.first_tick, session.num_ticks, float(session.meta["tick_hz"]))
+    spoken = [_turn(turn, session.first_tick) for turn in session.turns]
+    names = [step["name"] for step in session.steps]
+    shown = _evenly(frames)
+    figure, (head, film, bands, wrong, speech, _, table) = _rows(
+        (1.0, _film_height(shown), _bands_height(len(names), 0.32), 0.36, 0.8, 0.6, _list_height(spoken))
+    )
+    reading = f"split {session.meta['split']}  ·  {session.meta['dialog_origin']} dialogue"
+    handles = [*_state_handles(), _patch(_MISTAKE, "mistake"), *_mark_handles(_ROLES.values())]
+    facts = _facts(session.session_id, scale, len(names), reading)
+    _draw_head(head, session.meta["goal"], facts, handles)
+    _draw_frames(film, shown, scale)
+    _draw_bands(bands, names, [("", session.column("dst_state"))], scale)
+    _draw_mistakes(wrong, session, scale)
+    _draw_speech(speech, ("user", "assistant"), _ROLES.values(), spoken, scale)
+    _draw_utterances(table, [(1.4, "who", 12), (2.4, "says", 150)], spoken, scale)
     _write(figure, path)
 
 
@@ -95,10 +167,29 @@ def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
     _write(figure, path)
 
 
-def _span(trace: Trace) -> tuple[float, float]:
-    """First and last second of a session; a session without ticks is drawn one tick wide."""
-    last = trace.first_tick + max(1, trace.truth.num_ticks)
-    return trace.first_tick / trace.tick_hz, last / trace.tick_hz
+def _outcome(trace: Trace, tick: int, kind: Outcome) -> _Spoken:
+    """Where words are to be said they are in the upper row, where they are said in the lower."""
+    rows = {"missed": (1,), "extra": (0,)}.get(kind, (1, 0))
+    cells = [
+        (track.responses[tick] or "(no words)") if track.speak[tick] else "—"
+        for track in (trace.truth, trace.predicted)
+    ]
+    return _Spoken(tick, rows, _SPEECH[kind], tuple(cells))
+
+
+def _turn(turn: Mapping[str, Any], first_tick: int) -> _Spoken:
+    role = turn["role"]
+    return _Spoken(turn["tick"] - first_tick, (int(role == "assistant"),), _ROLES[role], (role, turn["text"]))
+
+
+def _facts(session_id: str, scale: _Scale, steps: int, reading: str) -> str:
+    plan = f"{steps} steps" + (f" (more than {_MAX_NAMED}: without names)" if steps > _MAX_NAMED else "")
+    return f"{session_id}  ·  {scale.num_ticks} ticks at {scale.tick_hz:g} Hz  ·  {plan}  ·  {reading}"
+
+
+def _evenly(frames: Frames) -> Frames:
+    places = np.linspace(0, len(frames) - 1, min(len(frames), _MAX_FRAMES)).round().astype(int)
+    return [frames[place] for place in places]
 
 
 def _rows(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -121,8 +212,8 @@ def _say(axes: Axes, x: float, y: float, text: str, ink: str = _QUIET, size: flo
     axes.text(x, y, text, color=ink, fontsize=size, parse_math=False, **{"va": "center", **style})
 
 
-def _mark(kind: Outcome, size: float) -> dict[str, Any]:
-    _, colour, marker, filled = _SPEECH[kind]
+def _mark(look: _Look, size: float) -> dict[str, Any]:
+    _, colour, marker, filled = look
     face = colour if filled else "white"
     return {"ls": "", "marker": marker, "ms": size, "mfc": face, "mec": colour, "mew": 1.2, "clip_on": False}
 
@@ -136,26 +227,37 @@ def _dress(axes: Axes, unit: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_head(axes: Axes, trace: Trace, title: str) -> None:
-    from matplotlib.lines import Line2D
+def _patch(colour: str, label: str) -> Artist:
     from matplotlib.patches import Patch
 
-    left = (_MARGIN - _LEFT) / _PLOT
-    facts = (
-        f"{trace.session_id}  ·  {trace.truth.num_ticks} ticks at {trace.tick_hz:g} Hz"
-        f"  ·  {len(trace.step_names)} steps  ·  of each pair of bands the upper is true, the lower predicted"
-    )
-    _say(axes, left, 0.74, title, _INK, 15, fontweight="bold")
-    _say(axes, left, 0.45, facts, size=9)
-    handles: list[Patch | Line2D] = [
-        Patch(color=colour, label=name.replace("_", " "))
+    return Patch(color=colour, label=label)
+
+
+def _state_handles() -> list[Artist]:
+    return [
+        _patch(colour, name.replace("_", " "))
         for colour, name in zip(_STATE_COLOURS, STATE_NAMES, strict=True)
     ]
-    handles += [Line2D([], [], label=says[0], **_mark(kind, 7)) for kind, says in _SPEECH.items()]
+
+
+def _mark_handles(looks: Iterable[_Look]) -> list[Artist]:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], label=look[0], **_mark(look, 7)) for look in looks]
+
+
+def _draw_head(axes: Axes, title: str, facts: str, handles: Sequence[Artist]) -> None:
+    left = (_MARGIN - _LEFT) / _PLOT
+    _say(axes, left, 0.74, _short(title, 95), _INK, 15, fontweight="bold")
+    _say(axes, left, 0.45, facts, size=9)
     spacing = {"handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 1.8, "borderpad": 0.0}
     look: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": _INK, **spacing}
     place = (left - 0.004, 0.18)
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=place, ncols=len(handles), **look)
+
+
+def _film_height(frames: Frames) -> float:
+    return _thumb(frames)[1] + 0.45 if frames else 0.0
 
 
 def _thumb(frames: Frames) -> tuple[float, float]:
@@ -165,12 +267,13 @@ def _thumb(frames: Frames) -> tuple[float, float]:
     return width, width * tall / wide
 
 
-def _draw_frames(axes: Axes, frames: Frames, trace: Trace) -> None:
+def _draw_frames(axes: Axes, frames: Frames, scale: _Scale) -> None:
     """Frames as close above their time as they can stand side by side, each with a line down to it."""
-    low, high = _span(trace)
-    inch = (high - low) / _PLOT  # seconds
+    if not frames:
+        return
+    (low, high), inch = scale.span, scale.inch
     width, height = _thumb(frames)
-    times = [tick / trace.tick_hz for tick, _ in frames]
+    times = [tick / scale.tick_hz for tick, _ in frames]
     lefts = _side_by_side(times, width * inch, 0.08 * inch, low, high)
     for (_, picture), t, left in zip(frames, times, lefts, strict=True):
         middle = left + width * inch / 2
@@ -193,18 +296,46 @@ def _side_by_side(times: Sequence[float], width: float, gap: float, low: float, 
     return lefts
 
 
-def _draw_bands(axes: Axes, trace: Trace) -> None:
-    low, high = _span(trace)
-    inch = (high - low) / _PLOT
-    axes.set_ylim(len(trace.step_names) - 0.02, -0.12)
-    for step, name in enumerate(trace.step_names):
-        label = "\n".join(textwrap.wrap(f"{step + 1}. {name}", 36, max_lines=2, placeholder="…"))
-        _say(axes, low - 0.11 * inch, step + 0.43, label, _INK, 9, ha="right")
-        for track, top, says in ((trace.truth, 0.0, "true"), (trace.predicted, 0.45, "predicted")):
-            _say(axes, high + 0.07 * inch, step + top + 0.21, says, size=6.5)
-            for start, ticks, state in _runs(track.state[:, step]):
-                stretch = (_time(trace, start), ticks / trace.tick_hz)
-                axes.broken_barh([stretch], (step + top, 0.41), color=_STATE_COLOURS[state], lw=0)
+def _bands_height(steps: int, row: float) -> float:
+    return 0.1 + row * steps if steps <= _MAX_NAMED else _THIN_BANDS
+
+
+def _draw_bands(
+    axes: Axes, names: Sequence[str], tracks: Sequence[tuple[str, NDArray[np.int8]]], scale: _Scale
+) -> None:
+    """A row for each step with a band of states for each track; names, or in a long plan some numbers, beside it."""
+    (low, high), inch = scale.span, scale.inch
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(names) - 0.02, -0.12)
+    named = len(names) <= _MAX_NAMED
+    room = 0.9 if named else 1.0  # of a row; thin bands touch, as gaps would be all there is to see
+    every = 10 * math.ceil(len(names) / 400)  # numbers that have room beside thin bands
+    for step, name in enumerate(names):
+        if named:
+            label = "\n".join(textwrap.wrap(f"{step + 1}. {name}", 36, max_lines=2, placeholder="…"))
+            _say(axes, low - 0.11 * inch, step + 0.43, label, _INK, 9, ha="right")
+        elif step == 0 or (step + 1) % every == 0:
+            _say(axes, low - 0.11 * inch, step + 0.5, f"step {step + 1}", _INK, 9, ha="right")
+        for place, (says, states) in enumerate(tracks):
+            top, height = step + place * room / len(tracks), room / len(tracks) - (0.04 if named else 0)
+            if named:
+                _say(axes, high + 0.07 * inch, top + 0.21, says, size=6.5)
+            for start, ticks, state in _runs(states[:, step]):
+                stretch = (scale.time(start), ticks / scale.tick_hz)
+                axes.broken_barh([stretch], (top, height), color=_STATE_COLOURS[state], lw=0)
+
+
+def _draw_mistakes(axes: Axes, session: LabelledSession, scale: _Scale) -> None:
+    (low, high), inch = scale.span, scale.inch
+    axes.set_xlim(low, high)
+    axes.set_ylim(0, 1)
+    _say(axes, low - 0.11 * inch, 0.37, "mistakes", _INK, 9, ha="right")
+    if session.frames["mistake"].null_count:
+        _say(axes, low, 0.37, "not annotated")
+        return
+    for start, ticks, wrong in _runs(session.column("mistake").astype(np.int8)):
+        colour = _MISTAKE if wrong else _STATE_COLOURS[0]
+        axes.broken_barh([(scale.time(start), ticks / scale.tick_hz)], (0.1, 0.55), color=colour, lw=0)
 
 
 def _runs(states: NDArray[np.int8]) -> list[tuple[int, int, int]]:
@@ -214,57 +345,57 @@ def _runs(states: NDArray[np.int8]) -> list[tuple[int, int, int]]:
     return [(start, end - start, int(states[start])) for start, end in zip(starts, ends, strict=True)]
 
 
-def _draw_speech(axes: Axes, trace: Trace, spoken: Sequence[tuple[int, Outcome]]) -> None:
-    """One row of marks for what should be said, one for what was; the listed utterances are numbered."""
-    low, high = _span(trace)
+def _draw_speech(
+    axes: Axes, rows: Sequence[str], looks: Iterable[_Look], spoken: Sequence[_Spoken], scale: _Scale
+) -> None:
+    """Rows of marks, the first the lowest; the utterances that are listed are numbered."""
+    (low, high), inch = scale.span, scale.inch
+    axes.set_xlim(low, high)
     axes.set_ylim(-0.6, 1.75)
     axes.axis("on")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     _dress(axes, "seconds")
-    inch = (high - low) / _PLOT
-    # The rarer and better kinds come last, on top of the others.
-    kinds: tuple[tuple[str, int, tuple[Outcome, ...]], ...] = (
-        ("to be said", 1, ("missed", "words", "exact")),
-        ("said", 0, ("extra", "words", "exact")),
-    )
-    for says, y, of_row in kinds:
-        _say(axes, low - 0.11 * inch, y, says, _INK, 9, ha="right")
-        axes.axhline(y, color=_FAINT, lw=0.8, zorder=0.5)
-        for kind in of_row:
-            times = [_time(trace, tick) for tick, which in spoken if which == kind]
-            axes.plot(times, [y] * len(times), zorder=3, **_mark(kind, 7))
+    size = max(2.5, min(7.0, _PLOT * 72 / max(1, len(spoken))))  # points; crowded marks are smaller
+    for row, says in enumerate(rows):
+        _say(axes, low - 0.11 * inch, row, says, _INK, 9, ha="right")
+        axes.axhline(row, color=_FAINT, lw=0.8, zorder=0.5)
+        for look in reversed([*looks]):
+            times = [scale.time(each.tick) for each in spoken if each.look == look and row in each.rows]
+            axes.plot(times, [row] * len(times), zorder=3, **_mark(look, size))
     free = low
-    for number, (tick, kind) in enumerate(spoken[:_MAX_UTTERANCES], start=1):
-        t = _time(trace, tick)
+    for number, each in enumerate(spoken[:_MAX_UTTERANCES], start=1):
+        t = scale.time(each.tick)
         if t >= free:
-            height = 0.48 if kind == "extra" else 1.48
-            _say(axes, t, height, str(number), _INK, 7.5, ha="center")
+            _say(axes, t, max(each.rows) + 0.48, str(number), _INK, 7.5, ha="center")
             free = t + _NUMBER_ROOM * inch
 
 
-def _draw_utterances(axes: Axes, trace: Trace, spoken: Sequence[tuple[int, Outcome]]) -> None:
-    """The first utterances as a list: number, time, the words to be said, the words that were."""
+def _list_height(spoken: Sequence[_Spoken]) -> float:
+    return _LINE * (min(len(spoken), _MAX_UTTERANCES) + 2) if spoken else 0.0
+
+
+def _draw_utterances(
+    axes: Axes, columns: Sequence[tuple[float, str, int]], spoken: Sequence[_Spoken], scale: _Scale
+) -> None:
+    """The first utterances as a list: number, time, and columns, each with its place in inches, heading and width
+    in characters."""
+    if not spoken:
+        return
     listed = spoken[:_MAX_UTTERANCES]
     axes.set_xlim(0, _PLOT)
     axes.set_ylim(len(listed) + 1, -1)
-    columns = ((1.4 - _LEFT, "to be said", trace.truth), (7.0 - _LEFT, "said", trace.predicted))  # inches
     for x, heading, _ in columns:
-        _say(axes, x, -0.5, heading, fontweight="bold")
-    for row, (tick, kind) in enumerate(listed):
+        _say(axes, x - _LEFT, -0.5, heading, fontweight="bold")
+    for row, each in enumerate(listed):
         y = row + 0.5
-        axes.plot([_MARGIN + 0.06 - _LEFT], [y], **_mark(kind, 5))
+        axes.plot([_MARGIN + 0.06 - _LEFT], [y], **_mark(each.look, 5))
         _say(axes, 0.7 - _LEFT, y, str(row + 1), _INK, ha="right")
-        _say(axes, 1.25 - _LEFT, y, f"{_time(trace, tick):.1f} s", ha="right")
-        for x, _, track in columns:
-            words = track.responses[tick] or "(no words)"
-            _say(axes, x, y, _short(words, 84) if track.speak[tick] else "—", _INK)
+        _say(axes, 1.25 - _LEFT, y, f"{scale.time(each.tick):.1f} s", ha="right")
+        for (x, _, width), text in zip(columns, each.cells, strict=True):
+            _say(axes, x - _LEFT, y, _short(text, width), _INK)
     if len(spoken) > len(listed):
-        _say(axes, columns[0][0], len(listed) + 0.5, f"and {len(spoken) - len(listed)} more")
-
-
-def _time(trace: Trace, tick: int) -> float:
-    return (trace.first_tick + tick) / trace.tick_hz
+        _say(axes, columns[0][0] - _LEFT, len(listed) + 0.5, f"and {len(spoken) - len(listed)} more")
 
 
 def _short(text: str, most: int) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pipeline.sample.render import write_video
+from pipeline.sample.render import whole, write_videos
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     PARTS,
@@ -22,9 +19,9 @@ from pipeline.sample.world import (
     Recording,
     make_recordings,
     part_name,
+    require_room,
     step_name,
 )
-from schemas.errors import UserError
 from schemas.files import write_text
 
 VIEW = "C10095_rgb"
@@ -53,12 +50,7 @@ def write_sample(
     Raises:
         UserError: the folder holds something, or there are too few sessions for three splits.
     """
-    if sessions < 18:
-        raise UserError(
-            f"--sessions {sessions} is too few for a train, a val and a test part; give at least 18"
-        )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder with --out, or remove it first")
+    require_room(out, sessions)
     recordings = make_recordings(sessions, seed)
     on_plan(len(recordings))
     annotations = out / "annotations"
@@ -84,10 +76,8 @@ def write_sample(
         write_text(fine, _fine(chosen))
         write_text(out / "dialogs" / f"generated_{split}.json", _dialogs(chosen))
         write_text(out / "dialogs" / f"dst_{split}.jsonl", _dst(chosen))
-    paths = [out / "videos" / recording.sequence / f"{VIEW}.mp4" for recording in recordings]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(write_video, recordings, paths):
-            on_video()
+    folder = out / "videos"
+    write_videos([whole(r, folder / r.sequence / f"{VIEW}.mp4") for r in recordings], on_video)
 
 
 def _toy_id(episode: Episode) -> str:

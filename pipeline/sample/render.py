@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pipeline.sample.world import ANNOTATION_FPS, PARTS, Episode, Recording
+from pipeline.workers import in_order
 from schemas.files import replacing_file
 
 WIDTH, HEIGHT = 160, 128
@@ -148,24 +151,45 @@ class Painter:
                 draw_part(draw, part, x, y, _HELD, part in upside_down)  # type: ignore[operator]
         return np.clip(np.asarray(image).astype(np.int16) + self.grain, 0, 255).astype(np.uint8)
 
-    def frames(self) -> Iterator[NDArray[np.uint8]]:
-        """Every frame of the video, until a second after the last event."""
+    def frames(self, start: Fraction, end: Fraction) -> Iterator[NDArray[np.uint8]]:
+        """Every frame of ``[start, end)`` seconds."""
         rate = Fraction(*self.recording.fps)
-        for number in range(int((Fraction(self.recording.end, ANNOTATION_FPS) + 1) * rate)):
-            yield self.picture(number / rate)
+        for number in range(int((end - start) * rate)):
+            yield self.picture(start + number / rate)
 
 
-def write_video(recording: Recording, path: Path) -> None:
-    """Encode a recording as H.264 in MP4 at its own frame rate; the same recording gives the same bytes."""
+@dataclass(frozen=True)
+class Clip:
+    """A file to write: ``[start, end)`` seconds of a recording."""
+
+    recording: Recording
+    path: Path
+    start: Fraction
+    end: Fraction
+
+
+def write_videos(clips: Sequence[Clip], on_video: Callable[[], None]) -> None:
+    """Encode clips on all cores; ``on_video`` is called after each."""
+    for _ in in_order(_write_video, None, clips, os.cpu_count() or 1):
+        on_video()
+
+
+def whole(recording: Recording, path: Path) -> Clip:
+    """The whole of a recording as one file."""
+    return Clip(recording, path, Fraction(0), recording.duration)
+
+
+def _write_video(_: None, clip: Clip) -> None:
+    """H.264 in MP4 at the recording's own frame rate; the same clip gives the same bytes."""
     import av
 
-    painter, rate = Painter(recording), Fraction(*recording.fps)
-    with replacing_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    painter, rate = Painter(clip.recording), Fraction(*clip.recording.fps)
+    with replacing_file(clip.path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "18", "threads": "1", "g": "120"}
         drawn, converted = None, None
-        for number, picture in enumerate(painter.frames()):
+        for number, picture in enumerate(painter.frames(clip.start, clip.end)):
             if picture is not drawn:
                 drawn, converted = (
                     picture,

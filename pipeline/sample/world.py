@@ -14,9 +14,13 @@ steps and pauses last is drawn at random. The rules of speech are fixed, so that
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from schemas.errors import UserError
 
 ANNOTATION_FPS = 30
 """Annotations count frames at this rate, whatever the video's own rate is."""
@@ -244,15 +248,35 @@ class Recording:
     def end(self) -> int:
         return self.episodes[-1].end
 
+    @property
+    def duration(self) -> Fraction:
+        """Seconds of its video, which ends a second after the last event."""
+        return Fraction(self.end, ANNOTATION_FPS) + 1
+
+
+def require_room(out: Path, sessions: int) -> None:
+    """What every sample asks for.
+
+    Raises:
+        UserError: the folder holds something, or there are too few sessions for three splits.
+    """
+    if sessions < 18:
+        raise UserError(
+            f"--sessions {sessions} is too few for a train, a val and a test part; give at least 18"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new folder with --out, or remove it first")
+
 
 _RATES = ((30000, 1001), (30, 1), (60000, 1001))
 
 
-def make_recordings(sessions: int, seed: int) -> list[Recording]:
+def make_recordings(sessions: int, seed: int, most_episodes: int = 2) -> list[Recording]:
     """Lay out a corpus of exactly that many sessions; the same arguments give the same corpus.
 
-    Two recordings of three hold an assembly and a disassembly. About 17 % of the sessions are test, 10 % val.
-    No plan (toy and order of parts) occurs twice, so the orders of val and test are never seen in training.
+    Two recordings of three hold an assembly and a disassembly, unless ``most_episodes`` is 1. About 17 % of the
+    sessions are test, 10 % val. No plan (toy and order of parts) occurs twice, so the orders of val and test are
+    never seen in training.
     """
     recordings: list[Recording] = []
     plans: set[tuple[Task, tuple[int, ...]]] = set()
@@ -261,7 +285,7 @@ def make_recordings(sessions: int, seed: int) -> list[Recording]:
         number = len(recordings)
         rng = np.random.default_rng([seed, number])
         tasks: tuple[Task, ...] = ("assembly",)
-        if number % 3 != 1 and made + 2 <= sessions:
+        if number % 3 != 1 and made + 2 <= sessions and most_episodes == 2:
             tasks = ("assembly", "disassembly")
         toy, start = int(rng.integers(len(TOYS))), int(rng.integers(15, 120))
         parts = tuple(int(p) for p in rng.permutation(len(PARTS))[: int(rng.integers(4, 8))])

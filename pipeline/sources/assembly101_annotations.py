@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_manifests import Manifest
-from pipeline.sources.tables import table_rows
+from pipeline.sources.common import span_of
+from pipeline.sources.tables import named_rows, table_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split
 from schemas.states import Step
@@ -23,24 +24,32 @@ _Segment = tuple[float, float, str]
 
 @dataclass
 class Rows:
-    """What one file says about one recording; times in seconds. ``count`` is of rows that are no mistakes."""
+    """What one file says about one recording; times in seconds, each with the numbers of its rows.
+
+    Rows that are identical (the official fine files repeat each for every view) are one segment.
+    """
 
     path: Path
-    count: int = 0
-    segments: dict[_Segment, None] = field(default_factory=dict)  # identical rows are one segment
-    mistakes: list[tuple[float, float]] = field(default_factory=list)
+    segments: dict[_Segment, list[int]] = field(default_factory=dict)
+    mistakes: list[tuple[tuple[float, float], int]] = field(default_factory=list)
 
-    def add(self, span: tuple[float, float], action: str) -> None:
-        self.count += 1
-        self.segments[(*span, action)] = None
+    def add(self, span: tuple[float, float], action: str, row: int) -> None:
+        self.segments.setdefault((*span, action), []).append(row)
+
+    def reject(self, rejects: Rejects, sequence: str, reason: str, mistakes: bool = False) -> None:
+        """Note that the segments, or the mistakes, were not used."""
+        lists = [[row] for _, row in self.mistakes] if mistakes else self.segments.values()
+        rows = sorted(row for numbers in lists for row in numbers)
+        if rows:
+            rejects.add(self.path, f"rows {_ranges(rows)}", reason, f"recording {sequence}, {len(rows)} rows")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Steps, and the files they come from."""
-
-    steps: tuple[Step, ...]
-    files: frozenset[Path]
+def _ranges(rows: list[int]) -> str:
+    """``2-5, 8`` for 2, 3, 4, 5, 8."""
+    starts = [row for row, before in zip(rows, [None, *rows], strict=False) if before != row - 1]
+    ends = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if after != row + 1]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
 @dataclass
@@ -56,22 +65,26 @@ class Recording:
     def files(self) -> list[Rows]:
         return [*self.coarse.values(), *([self.mistakes] if self.mistakes else []), *self.fine.values()]
 
-    def plans(self, level: str) -> dict[str, Plan]:
-        """The steps of each activity that has some, at ``level`` ``step`` or ``substep``."""
-        if level == "step":
-            found = {activity: rows for activity, rows in self.coarse.items() if rows.segments}
-            if self.mistakes and self.mistakes.segments:
-                found.setdefault("assembly", self.mistakes)
-            if found:
-                return {activity: _plan(list(rows.segments), [rows]) for activity, rows in found.items()}
+    def plans(self, level: str, rejects: Rejects, sequence: str) -> dict[str, tuple[Step, ...]]:
+        """The steps of each activity that has some, at level ``step`` or ``substep``; other rows are rejects."""
         fine = list(self.fine.values())
-        segments = [segment for rows in fine for segment in rows.segments]
-        border = self._first_disassembly()
-        parts = {
-            "assembly": [segment for segment in segments if segment[0] < border],
-            "disassembly": [segment for segment in segments if segment[0] >= border],
-        }
-        return {activity: _plan(part, fine) for activity, part in parts.items() if part}
+        found: dict[str, list[Rows]] = {}
+        if level == "step":
+            found = {activity: [rows] for activity, rows in self.coarse.items() if rows.segments}
+            if self.mistakes and self.mistakes.segments:
+                found.setdefault("assembly", [self.mistakes])
+        if level == "substep" or not found:
+            border = self._first_disassembly()
+            parts = {
+                "assembly": [_part(rows, 0.0, border) for rows in fine],
+                "disassembly": [_part(rows, border, math.inf) for rows in fine],
+            }
+            found = {name: part for name, part in parts.items() if any(rows.segments for rows in part)}
+        used = {rows.path for parts in found.values() for rows in parts}
+        for rows in self.files():
+            if rows.path not in used:
+                rows.reject(rejects, sequence, f"not the annotation of level {level}")
+        return {activity: _steps(parts) for activity, parts in found.items()}
 
     def _first_disassembly(self) -> float:
         if any(activity not in self.coarse for activity in ACTIVITIES):
@@ -79,13 +92,25 @@ class Recording:
         return min((start for start, _, _ in self.coarse["disassembly"].segments), default=math.inf)
 
 
-def _plan(segments: list[_Segment], rows: list[Rows]) -> Plan:
+def _part(rows: Rows, first: float, last: float) -> Rows:
+    """The segments that start in ``[first, last)``."""
+    return Rows(
+        rows.path, {segment: row for segment, row in rows.segments.items() if first <= segment[0] < last}
+    )
+
+
+def _steps(parts: list[Rows]) -> tuple[Step, ...]:
     """One step for each action, in order of first starts; an action done again is one more span."""
     spans: dict[str, list[tuple[float, float]]] = {}
-    for start, end, action in sorted(segments, key=lambda segment: segment[:2]):
+    source_rows: dict[str, list[str]] = {}
+    segments = [(segment, rows.path, numbers) for rows in parts for segment, numbers in rows.segments.items()]
+    for (start, end, action), path, numbers in sorted(segments, key=lambda entry: entry[0][:2]):
         spans.setdefault(action, []).append((start, end))
-    steps = (Step(f"S{n}", action, tuple(spans[action])) for n, action in enumerate(spans, 1))
-    return Plan(tuple(steps), frozenset(part.path for part in rows))
+        source_rows.setdefault(action, []).append(f"{path}, row {numbers[0]}")
+    return tuple(
+        Step(f"S{n}", action, tuple(spans[action]), source_rows=tuple(source_rows[action]))
+        for n, action in enumerate(spans, 1)
+    )
 
 
 def read_annotations(root: Path, manifest: Manifest, rejects: Rejects) -> defaultdict[str, Recording]:
@@ -98,22 +123,22 @@ def read_annotations(root: Path, manifest: Manifest, rejects: Rejects) -> defaul
         UserError: a file that cannot be read or lacks a column, a recording in two splits.
     """
     recordings: defaultdict[str, Recording] = defaultdict(Recording)
-    for path in sorted(root.glob(manifest.files["coarse"])):
+    for path in manifest.find(root, "coarse"):
         activity, _, sequence = path.stem.partition("_")
         if activity in ACTIVITIES and sequence:
             recordings[sequence].coarse[activity] = _read_coarse(path, rejects)
         else:
             rejects.add(path, "file name", "unknown file", "not {assembly|disassembly}_<sequence>.txt")
-    for path in sorted(root.glob(manifest.files["mistakes"])):
+    for path in manifest.find(root, "mistakes"):
         recordings[path.stem].mistakes = _read_mistakes(path, rejects)
-    for path in sorted(root.glob(manifest.files["splits"])):
+    for path in manifest.find(root, "splits"):
         split, _, activity = path.stem.partition("_coarse_")
         if split in _SPLITS and activity in ACTIVITIES:
             _read_split(path, _SPLITS[split], recordings, rejects)
         else:
             rejects.add(path, "file name", "unknown file", "not {train|val|test}_coarse_<activity>.txt")
     listed = {sequence for sequence, recording in recordings.items() if recording.split}
-    for path in sorted(root.glob(manifest.files["fine"])):
+    for path in manifest.find(root, "fine"):
         if path.stem in _SPLITS:  # lists of action names lie beside them
             _read_fine(path, recordings, listed, rejects)
     return recordings
@@ -124,7 +149,7 @@ def _read_coarse(path: Path, rejects: Rejects) -> Rows:
     for number, cells in table_rows(path, "\t", 3, rejects):
         span = _span(path, number, cells[0], cells[1], cells[2], rejects)
         if span:
-            found.add(span, cells[2])
+            found.add(span, cells[2], number)
     return found
 
 
@@ -135,9 +160,9 @@ def _read_mistakes(path: Path, rejects: Rejects) -> Rows:
         action = f"{verb} {this} {'from' if verb == 'detach' else 'to'} {that}" if all(cells[2:5]) else ""
         span = _span(path, number, start, end, action, rejects)
         if span and label == "correct":
-            found.add(span, action)
+            found.add(span, action, number)
         elif span and label == "mistake":
-            found.mistakes.append(span)
+            found.mistakes.append((span, number))
         elif span:
             reason = "correction row" if label == "correction" else "unknown label"
             rejects.add(path, f"row {number}", reason, f"{label}: {action}")
@@ -159,27 +184,17 @@ def _read_split(path: Path, split: Split, recordings: defaultdict[str, Recording
 def _read_fine(
     path: Path, recordings: defaultdict[str, Recording], listed: set[str], rejects: Rejects
 ) -> None:
-    rows = table_rows(path, ",", len(_FINE_COLUMNS), rejects)
-    _, header = next(rows, (1, []))
-    for column in _FINE_COLUMNS:
-        if column not in header:
-            raise UserError(f"{path} has no column {column!r} in its first row; fetch the file again")
-    video, start, end, action = (header.index(column) for column in _FINE_COLUMNS)
-    toy = header.index("toy_name") if "toy_name" in header else len(header)
-    for number, cells in rows:
-        if len(cells) < len(header):
-            rejects.add(path, f"row {number}", "too few columns", f"{len(cells)} of {len(header)}")
-            continue
-        span = _span(path, number, cells[start], cells[end], cells[action], rejects)
+    for number, row in named_rows(path, ",", _FINE_COLUMNS, rejects):
+        video, start, end, action = (row[column] for column in _FINE_COLUMNS)
+        span = _span(path, number, start, end, action, rejects)
         if span is None:
             continue
-        sequence = cells[video].partition("/")[0].removesuffix(".mp4")
+        sequence = video.partition("/")[0].removesuffix(".mp4")
         recording = recordings[sequence]
-        recording.fine.setdefault(path, Rows(path)).add(span, cells[action])
+        recording.fine.setdefault(path, Rows(path)).add(span, action, number)
         if sequence not in listed:
             _set_split(recording, sequence, _SPLITS[path.stem], path)
-        if toy < len(cells) and not recording.toy:
-            recording.toy = cells[toy].replace("_", " ")
+        recording.toy = recording.toy or row.get("toy_name", "").replace("_", " ")
 
 
 def _set_split(recording: Recording, sequence: str, split: Split, path: Path) -> None:
@@ -194,17 +209,9 @@ def _set_split(recording: Recording, sequence: str, split: Split, path: Path) ->
 def _span(
     path: Path, number: int, start: str, end: str, action: str, rejects: Rejects
 ) -> tuple[float, float] | None:
-    """Seconds of two frame numbers; None, and a reject, where the row tells no action or no span."""
-    try:
-        first, last = float(start), float(end)
-    except ValueError:
-        first = last = math.nan
-    if not (math.isfinite(first) and math.isfinite(last) and first >= 0):
-        rejects.add(path, f"row {number}", "not a frame number", f"{start} to {end}")
-    elif last < first:
-        rejects.add(path, f"row {number}", "ends before it starts", f"{start} to {end}")
-    elif not action:
+    """Seconds of two frame numbers; None, and a reject, where the row tells no span or no action."""
+    span = span_of(start, end, path, f"row {number}", rejects, scale=ANNOTATION_FPS)
+    if span and not action:
         rejects.add(path, f"row {number}", "no action", f"{start} to {end}")
-    else:
-        return first / ANNOTATION_FPS, last / ANNOTATION_FPS
-    return None
+        return None
+    return span

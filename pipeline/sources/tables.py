@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from schemas.errors import UserError
@@ -38,3 +38,27 @@ def table_rows(path: Path, delimiter: str, columns: int, rejects: Rejects) -> It
                     rejects.add(path, f"row {number}", "too few columns", f"{len(cells)} of {columns}")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def named_rows(
+    path: Path, delimiter: str, needed: Collection[str], rejects: Rejects
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a table with a header, as `table_rows`, by the names of their columns.
+
+    Args:
+        needed: columns it must have; it may have more.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
+    """
+    rows = table_rows(path, delimiter, 1, rejects)
+    _, header = next(rows, (1, []))
+    for column in needed:
+        if column not in header:
+            raise UserError(f"{path} has no column {column!r} in its first row; fetch the file again")
+    for number, cells in rows:
+        if len(cells) == len(header):
+            yield number, dict(zip(header, cells, strict=True))
+        else:
+            reason = "too few columns" if len(cells) < len(header) else "too many columns"
+            rejects.add(path, f"row {number}", reason, f"{len(cells)} of {len(header)}")

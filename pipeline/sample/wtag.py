@@ -1,0 +1,94 @@
+"""Writes the toy world as a corpus in WTaG's official layout.
+
+It has no videos: what a sample could write would not be what the name ``Video.mpeg`` says. A session is as long as its
+``VideoMpegTiming.txt`` declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.sample.world import (
+    ANNOTATION_FPS,
+    Episode,
+    Recording,
+    make_recordings,
+    require_room,
+    step_name,
+)
+from schemas.files import write_text
+
+_TICKS_PER_S = 10_000_000
+_FIRST_TICK = 638_000_000_000_000_000  # ticks count from the year 1: autumn of 2022
+_LEFT_OUT = "T55a"
+_TICKS_PER_LETTER = 600_000  # how long it takes to say something
+
+
+def write_sample(
+    out: Path,
+    sessions: int,
+    seed: int,
+    on_plan: Callable[[int], None] = lambda videos: None,
+    on_video: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a corpus of that many sessions; the same arguments give the same bytes.
+
+    As in the official files, there are blank lines, marker rows and stray quotes, some files end their lines with
+    CRLF, some have the intents in brackets behind the words, and the recording ``T55a`` is to be left out.
+
+    Args:
+        out: a new or empty folder.
+        sessions: at least 18; with more than 40, some are val.
+        seed: decides everything that is random.
+        on_plan: called once with the number of videos, 0.
+        on_video: never called.
+
+    Raises:
+        UserError: the folder holds something, or there are too few sessions.
+    """
+    require_room(out, sessions)
+    recordings = make_recordings(sessions, seed, most_episodes=1)
+    on_plan(0)
+    for number, recording in enumerate(recordings, 1):
+        _write_recording(out / f"T{number}", number, recording)
+    _write_recording(out / _LEFT_OUT, 0, recordings[0])
+
+
+def _write_recording(folder: Path, number: int, recording: Recording) -> None:
+    [episode] = recording.episodes
+    first = _FIRST_TICK + number * 3600 * _TICKS_PER_S
+    last = first + round(recording.duration * _TICKS_PER_S)
+    line_end = "\r\n" if number % 4 == 0 else "\n"
+    files = {
+        "Video/VideoMpegTiming.txt": f"{first}\n{last}\n",
+        "StepDetection/StepDetection.txt": _steps(episode, first),
+        "TextASR/UserAnnotations_intent.txt": _words(episode, "user", first, number),
+        "TextASR/InstructorAnnotations_intent.txt": _words(episode, "assistant", first, number),
+    }
+    for name, text in files.items():
+        write_text(folder / name, text.replace("\n", line_end))
+
+
+def _tick(frame: int, first: int) -> int:
+    return first + round(frame * _TICKS_PER_S / ANNOTATION_FPS)
+
+
+def _steps(episode: Episode, first: int) -> str:
+    """The steps between a marker before the hands come and one after they go."""
+    spans = [(0, episode.hands_at, "Start")]
+    spans += sorted((step.start, step.end, step_name(episode.task, step.part)) for step in episode.steps)
+    spans.append((episode.hands_gone, episode.end, "Done"))
+    return "".join(f"{_tick(start, first)}\t{_tick(end, first)}\t{text}\n" for start, end, text in spans)
+
+
+def _words(episode: Episode, role: str, first: int, number: int) -> str:
+    """What one of the two says; of every fifth recording, the first words begin with a quote that nothing closes."""
+    words = sorted((word for word in episode.words if word.role == role), key=lambda word: word.frame)
+    rows: list[str] = []
+    for word in words:
+        start = _tick(word.frame, first)
+        quote = '"' if number % 5 == 0 and not rows else ""
+        intent = f" [{word.labels}]" if number % 3 == 0 else f"\t{word.labels}"
+        rows.append(f"{start}\t{start + len(word.text) * _TICKS_PER_LETTER}\t{quote}{word.text}{intent}\n")
+    return "\n".join(rows[:2]) + "".join(rows[2:])
