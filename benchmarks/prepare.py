@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py --dialogs 3000 --ticks 8400        # 25 million frames rows
 
-Writes annotations and dialogues in Assembly101's layout (ten dialogues a video, no videos), then runs `dst prepare`
-on a tenth of the dialogues and on all of them, with one worker and with one a core, in turn. Prints rows a second and
-the peak of the resident memory of all its processes, and how much that grows from a tenth to all.
+Writes annotations and dialogues in Assembly101's layout (no video files), then runs `dst prepare` with one dialogue
+a video and with ten on the same number of videos, with one worker and with one a core, in turn. Prints rows a second
+and the peak of the resident memory of all its processes, and how much ten times the dialogues add to it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ STEPS, TURNS = 12, 40
 VIEW = "C10095_rgb"
 
 
-def write_corpus(root: Path, dialogs: int, ticks: int) -> None:
-    """As many dialogues of as many ticks at 2 Hz, ten a video, each with twelve steps and forty turns."""
+def write_corpus(root: Path, videos: int, dialogs: int, ticks: int) -> None:
+    """``dialogs`` dialogues a video of so many ticks at 2 Hz, each with twelve steps and forty turns."""
     rng = random.Random(0)
     labels = root / "annotations/coarse-annotations/coarse_labels"
     labels.mkdir(parents=True)
     (root / "dialogs").mkdir()
     seconds = ticks / 2 - 4  # a session begins 2 s before its first event and ends 2 s after its last
     with (root / "dialogs/generated.json").open("w") as file:
-        for number in range(-(-dialogs // 10)):
+        for number in range(videos):
             borders = sorted(rng.uniform(0, seconds) for _ in range(STEPS - 1))
             borders = [2.0, *(2 + border for border in borders), 2 + seconds]
             rows = [
@@ -47,7 +47,7 @@ def write_corpus(root: Path, dialogs: int, ticks: int) -> None:
             record = {
                 "video_uid": f"assembly_recording-{number:05d}__{VIEW}",
                 "inferred_goal": "assemble the toy",
-                "conversations": [_conversation(rng, seconds) for _ in range(min(10, dialogs - 10 * number))],
+                "conversations": [_conversation(rng, seconds) for _ in range(dialogs)],
             }
             file.write(("[" if number == 0 else ",\n") + json.dumps(record))
         file.write("]")
@@ -95,30 +95,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dialogs", type=int, default=3000)
+    parser.add_argument("--dialogs", type=int, default=3000, help="ten a video")
     parser.add_argument("--ticks", type=int, default=8400, help="ticks a dialogue")
     parser.add_argument("--rounds", type=int, default=1, help="how often all of it is repeated")
     arguments = parser.parse_args()
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
-        sizes = {"a tenth": arguments.dialogs // 10, "all": arguments.dialogs}
-        for size, dialogs in sizes.items():
-            write_corpus(Path(name) / size, dialogs, arguments.ticks)
-        peaks: dict[tuple[str, int], float] = {}
+        videos = arguments.dialogs // 10
+        for dialogs in (1, 10):
+            write_corpus(Path(name) / str(dialogs), videos, dialogs, arguments.ticks)
+        peaks: dict[tuple[int, int], float] = {}
         for _ in range(arguments.rounds):
             for workers in sorted({1, cores}):
-                for size, dialogs in sizes.items():
+                for dialogs in (1, 10):
                     out = Path(name) / "labels"
-                    seconds, peak = run(Path(name) / size, out, workers)
+                    seconds, peak = run(Path(name) / str(dialogs), out, workers)
                     rows = pq.ParquetFile(out / "assembly101/frames.parquet").metadata.num_rows
-                    peaks[size, workers] = max(peak, peaks.get((size, workers), 0))
+                    peaks[dialogs, workers] = max(peak, peaks.get((dialogs, workers), 0))
                     print(
-                        f"{dialogs} dialogues, {rows:,} frames rows, {workers} workers: {seconds:.1f} s, "
+                        f"{videos * dialogs} dialogues, {rows:,} frames rows, {workers} workers: {seconds:.1f} s, "
                         f"{rows / seconds:,.0f} rows a second, peak {peak:.0f} MB",
                         flush=True,
                     )
         for workers in sorted({1, cores}):
-            ratio = peaks["all", workers] / peaks["a tenth", workers]
+            ratio = peaks[10, workers] / peaks[1, workers]
             print(f"{workers} workers: ten times the dialogues take {ratio:.2f} times the memory")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from schemas.config import Strict, load_config
 from schemas.errors import UserError
@@ -31,6 +31,14 @@ class Files(Strict):
     rows: int | None = None
 
 
+class Search(NamedTuple):
+    """Files that were looked for; ``place`` is the pattern that found them, or the first that did not."""
+
+    paths: list[Path]
+    place: str
+    count: int | None
+
+
 class Manifest(Strict):
     """One corpus.
 
@@ -51,25 +59,22 @@ class Manifest(Strict):
 
     def find(self, root: Path, kind: str) -> list[Path]:
         """The files of one kind in a corpus' folder, sorted."""
-        return self.find_counted(root, kind)[0]
+        return self.search(root, kind).paths
 
-    def find_counted(self, root: Path, kind: str) -> tuple[list[Path], int | None]:
-        """The files of one kind, and how many there would be in the whole corpus."""
+    def search(self, root: Path, kind: str) -> Search:
+        """The files of one kind, where they are, and how many the whole corpus has."""
         globs = self.files[kind].globs
         for folder in self.folders:
-            for pattern, count in globs.items():
-                if paths := sorted((root / folder).glob(pattern)):
-                    return paths, count
-        return [], next(iter(globs.values()))
+            for glob, count in globs.items():
+                if paths := sorted((root / folder).glob(glob)):
+                    return Search(paths, str(root / folder / glob), count)
+        glob, count = next(iter(globs.items()))
+        return Search([], str(self._folder(root) / glob), count)
 
     def path(self, root: Path, *names: str) -> Path:
         """A file that may go by several names; where it is not there, where it would be."""
         places = [root / folder / name for folder in self.folders for name in names]
         return next((place for place in places if place.is_file()), self._folder(root) / names[0])
-
-    def place(self, root: Path, kind: str) -> str:
-        """Where files of one kind would be, as a pattern."""
-        return str(self._folder(root) / next(iter(self.files[kind].globs)))
 
     def nothing_found(self, root: Path, kinds: Iterable[str]) -> UserError:
         """What to raise where none of these kinds is there."""

@@ -13,7 +13,6 @@ from data_manifests import Manifest, load_manifest, manifest_names
 class Found:
     """Files of one kind of one corpus; ``count`` and ``rows`` are there, ``of`` and ``of_rows`` belong there."""
 
-    source: str
     kind: str
     count: int
     of: int | None
@@ -40,10 +39,10 @@ def find_sources(data: Path) -> Iterator[tuple[Manifest, list[Found]]]:
 
 
 def _found(manifest: Manifest, root: Path, kind: str) -> Found:
-    paths, count = manifest.find_counted(root, kind)
+    paths, place, count = manifest.search(root, kind)
     of_rows = manifest.files[kind].rows
     rows = sum(map(_lines, paths)) if of_rows else None
-    return Found(manifest.name, kind, len(paths), count, rows, of_rows, manifest.place(root, kind))
+    return Found(kind, len(paths), count, rows, of_rows, place)
 
 
 def _lines(path: Path) -> int:

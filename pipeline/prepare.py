@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
+
 from data_manifests import Manifest, load_manifest
 from pipeline.align import Aligned, align
 from pipeline.dialogs import DialogIndex
@@ -19,7 +21,7 @@ from pipeline.workers import in_order
 from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.records import Rejects, Video, video_files
-from schemas.tables import LabelWriter
+from schemas.tables import LabelWriter, table_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,16 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Read:
-    """What one unit gave."""
+    """What one unit gave: its sessions with their videos and last ticks, and the rows of all tables, which are
+    cheaper to hand from process to process than what they are made of."""
 
-    sessions: list[tuple[Video, Aligned]]
+    sessions: list[dict[str, Any]]
+    videos: list[tuple[Video, int]]
     video_uids: list[str]
-    rejects: Rejects
+    rows: dict[str, pa.Table]
+    reasons: Counter[str]
+    notes: Counter[str]
+    joined_turns: int
 
 
 def corpus_of(source: str) -> Corpus:
@@ -101,15 +108,12 @@ def prepare(
     on_plan(len(units))
     totals = _Totals(source)
     with LabelWriter(out / source) as writer:
-        totals.add_rejects(writer, rejects)
+        totals.add(writer, _packed(source, [], [], rejects))
         with closing(in_order(_read_unit, _Task(source, clock, index), units, workers)) as results:
             for read in results:
-                for video, aligned in read.sessions:
-                    totals.add_session(writer, video, aligned)
-                totals.video_uids.update(read.video_uids)
-                totals.add_rejects(writer, read.rejects)
+                totals.add(writer, read)
                 on_unit()
-        totals.add_rejects(writer, _unclaimed(index, totals.video_uids))
+        totals.add(writer, _packed(source, [], [], _unclaimed(index, totals.video_uids)))
         if not totals.splits:
             reasons = ", ".join(f"{reason} ({number})" for reason, number in totals.reasons.most_common())
             raise UserError(
@@ -145,7 +149,28 @@ def _read_unit(task: _Task, unit: Any) -> _Read:
         aligned = align(session, task.clock, rejects)
         if aligned is not None:
             sessions.append((session.video, aligned))
-    return _Read(sessions, [stretch.video_uid for stretch in annotated], rejects)
+    return _packed(task.source, sessions, [stretch.video_uid for stretch in annotated], rejects)
+
+
+def _packed(
+    source: str, sessions: list[tuple[Video, Aligned]], video_uids: list[str], rejects: Rejects
+) -> _Read:
+    aligned = [session for _, session in sessions]
+    frames = [session.frames for session in aligned]
+    return _Read(
+        sessions=[{**session.session, "source": source} for session in aligned],
+        videos=[(video, session.last_tick) for video, session in sessions],
+        video_uids=video_uids,
+        rows={
+            "steps": table_of("steps", (row for session in aligned for row in session.steps)),
+            "turns": table_of("turns", (row for session in aligned for row in session.turns)),
+            "frames": pa.concat_tables(frames) if frames else table_of("frames", []),
+            "rejects": table_of("rejects", map(vars, rejects.rows)),
+        },
+        reasons=Counter(reject.reason for reject in rejects.rows),
+        notes=rejects.notes,
+        joined_turns=sum(session.joined_turns for session in aligned),
+    )
 
 
 def _unclaimed(index: DialogIndex, known: set[str]) -> Rejects:
@@ -161,7 +186,7 @@ class _Totals:
     """What has been written so far, and the videos that sessions use, each once, and how far."""
 
     def __init__(self, source: str) -> None:
-        self.source = source
+        self._source = source
         self.video_uids: set[str] = set()
         self.splits: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -170,26 +195,25 @@ class _Totals:
         self._videos: dict[str, Video] = {}
         self._last_tick: dict[str, int] = {}
 
-    def add_session(self, writer: LabelWriter, video: Video, aligned: Aligned) -> None:
-        if self._videos.setdefault(video.video_id, video) != video:
-            raise UserError(
-                f"{video.uri} and {self._videos[video.video_id].uri} both have the id {video.video_id!r}; "
-                "rename one of them"
-            )
-        self._last_tick[video.video_id] = max(aligned.last_tick, self._last_tick.get(video.video_id, 0))
-        row = {**aligned.session, "source": self.source}
-        writer.add_session(row, video.recording_id, aligned.steps, aligned.turns, aligned.frames)
-        self.splits[aligned.session["split"]] += 1
-        self.joined_turns += aligned.joined_turns
-
-    def add_rejects(self, writer: LabelWriter, rejects: Rejects) -> None:
-        writer.add_rejects(vars(reject) for reject in rejects.rows)
-        self.reasons.update(reject.reason for reject in rejects.rows)
-        self.notes += rejects.notes
+    def add(self, writer: LabelWriter, read: _Read) -> None:
+        for video, last_tick in read.videos:
+            if self._videos.setdefault(video.video_id, video) != video:
+                raise UserError(
+                    f"{video.uri} and {self._videos[video.video_id].uri} both have the id {video.video_id!r}; "
+                    "rename one of them"
+                )
+            self._last_tick[video.video_id] = max(last_tick, self._last_tick.get(video.video_id, 0))
+        writer.add_sessions(read.sessions, [video.recording_id for video, _ in read.videos], read.rows)
+        writer.add_rejects(read.rows["rejects"])
+        self.video_uids.update(read.video_uids)
+        self.splits.update(session["split"] for session in read.sessions)
+        self.reasons += read.reasons
+        self.notes += read.notes
+        self.joined_turns += read.joined_turns
 
     def video_rows(self) -> list[dict[str, object]]:
         return [
-            {"source": self.source, **asdict(video), "last_tick_needed": self._last_tick[video_id]}
+            {"source": self._source, **asdict(video), "last_tick_needed": self._last_tick[video_id]}
             for video_id, video in sorted(self._videos.items())
         ]
 

@@ -14,7 +14,7 @@ Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 3  # items a process may be ahead of the one whose result is awaited
+_AHEAD = 2  # items a process may be ahead of the one whose result is awaited
 _shared: Any = None
 
 

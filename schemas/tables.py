@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -91,7 +91,12 @@ TABLES: dict[str, pa.Schema] = {
 }
 
 SPLITS = ("train", "val", "test")
-_ROW_GROUP = 65_536  # frames rows buffered before a row group is written: about 4 MB of memory
+_GROUP_BYTES = 8_000_000  # held in memory before a row group is written; of frames, some 60,000 rows
+
+
+def table_of(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a label table."""
+    return pa.Table.from_pylist(list(rows), schema=TABLES[name])
 
 
 class LabelWriter:
@@ -144,7 +149,23 @@ class LabelWriter:
         frames: pa.Table,
     ) -> None:
         """Add one whole session: its row, the rows of its steps and turns, and its part of ``frames``."""
-        session_id, split = session["session_id"], session["split"]
+        rows = {"steps": table_of("steps", steps), "turns": table_of("turns", turns), "frames": frames}
+        self.add_sessions([session], [recording_id], rows)
+
+    def add_sessions(
+        self,
+        sessions: Sequence[Mapping[str, Any]],
+        recording_ids: Sequence[str],
+        rows: Mapping[str, pa.Table],
+    ) -> None:
+        """Add whole sessions: their rows, and all their rows of ``steps``, ``turns`` and ``frames``, in their order."""
+        for session, recording_id in zip(sessions, recording_ids, strict=True):
+            self._claim(session["session_id"], session["split"], recording_id)
+        self._append("sessions", table_of("sessions", sessions))
+        for name in ("steps", "turns", "frames"):
+            self._append(name, rows[name])
+
+    def _claim(self, session_id: str, split: str, recording_id: str) -> None:
         if session_id in self._sessions:
             raise UserError(f"two sessions have the id {session_id!r}; make the ids of the dialogs unique")
         if not is_safe_key(session_id):
@@ -155,35 +176,28 @@ class LabelWriter:
                 f"(session {session_id!r}); give each recording one split"
             )
         self._sessions.add(session_id)
-        self._extend("sessions", [session])
-        self._extend("steps", steps)
-        self._extend("turns", turns)
-        self._append("frames", frames)
 
     def add_videos(self, videos: Iterable[Mapping[str, Any]]) -> None:
         """Add the videos, once all sessions are known (``last_tick_needed``)."""
-        self._extend("videos", videos)
+        self._append("videos", table_of("videos", videos))
 
-    def add_rejects(self, rejects: Iterable[Mapping[str, Any]]) -> None:
+    def add_rejects(self, rejects: pa.Table) -> None:
         """Add what was not used."""
-        self._extend("rejects", rejects)
+        self._append("rejects", rejects)
 
     def add_about(self, text: str) -> None:
         """Add ``about.json``: how the tables were made."""
         (self._folder / "about.json").write_text(text, encoding="utf-8")
 
-    def _extend(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._append(name, pa.Table.from_pylist(list(rows), schema=TABLES[name]))
-
     def _append(self, name: str, table: pa.Table) -> None:
         self._buffers[name].append(table)
-        self._buffered[name] += table.num_rows
+        self._buffered[name] += table.nbytes
         self.rows[name] += table.num_rows
-        if self._buffered[name] >= _ROW_GROUP:
+        if self._buffered[name] >= _GROUP_BYTES:
             self._flush(name)
 
     def _flush(self, name: str) -> None:
-        if self._buffered[name]:
+        if self._buffers[name]:
             self._writers[name].write_table(pa.concat_tables(self._buffers[name]))
         self._buffers[name], self._buffered[name] = [], 0
 

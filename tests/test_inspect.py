@@ -17,7 +17,7 @@ import pytest
 from pipeline.inspect import read_session, rejects_by_reason, summary, timeline
 from pipeline.shards import LabelledSession
 from schemas.errors import UserError
-from schemas.tables import TABLES, LabelWriter, label_folders, validate_labels
+from schemas.tables import TABLES, LabelWriter, label_folders, table_of, validate_labels
 
 STATES = {2: [0, 0], 3: [1, 0], 4: [1, 0], 5: [2, 0], 6: [2, 2], 7: [2, 2]}
 SAID = {3: "Open it.", 5: "Good."}
@@ -114,15 +114,17 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [video_row("toy/v1", "r1", 7), video_row("toy/v2", "r1", 9), video_row("toy/v3", "r3", 120)]
         )
         reasons = ["rare", "often", "often", "also rare", "often"]
-        writer.add_rejects(
+        rejects = [
             {"source_file": f"f{number}.csv", "locator": f"row {number}", "reason": reason, "detail": ""}
             for number, reason in enumerate(reasons)
-        )
+        ]
+        writer.add_rejects(table_of("rejects", rejects))
     with LabelWriter(labels / "alone") as writer:
         only = frames_of([frame_row("alone/e", "test", 0, None)])
         writer.add_session(session_row("alone/e", "alone/v", "test", 0, 1), "r9", [], [], only)
         writer.add_videos([video_row("alone/v", "r9", 0)])
-        writer.add_rejects([{"source_file": "e", "locator": "row 7", "reason": "rare", "detail": ""}])
+        reject = {"source_file": "e", "locator": "row 7", "reason": "rare", "detail": ""}
+        writer.add_rejects(table_of("rejects", [reject]))
     assert validate_labels(labels / "toy") == validate_labels(labels / "alone") == []
     return labels
 
