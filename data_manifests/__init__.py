@@ -36,7 +36,7 @@ class Search(NamedTuple):
 
     paths: list[Path]
     place: str
-    count: int | None
+    of: int | None  # how many the whole corpus has
 
 
 class Manifest(Strict):

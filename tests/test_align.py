@@ -30,10 +30,13 @@ def spans(most: int) -> st.SearchStrategy[list[tuple[int, int]]]:
 def sessions(draw: st.DrawFn) -> Session:
     start, end = sorted((draw(times), draw(times)))
     duration = draw(st.none() | st.integers(1, 6_000))
-    steps = [
-        Step(f"S{n}", f"step {n}", tuple((a / 1000, b / 1000) for a, b in draw(spans(3))))
-        for n in range(1, draw(st.integers(1, 4)) + 1)
-    ]
+    steps = []
+    for n in range(1, draw(st.integers(1, 4)) + 1):
+        drawn = draw(spans(3))
+        rows = tuple(f"row {a}-{b}" for a, b in drawn)
+        steps.append(
+            Step(f"S{n}", f"step {n}", tuple((a / 1000, b / 1000) for a, b in drawn), source_rows=rows)
+        )
     if draw(st.booleans()):
         steps.append(Step("open", "never ends", ((draw(times) / 1000, math.inf),)))
     if draw(st.booleans()):
@@ -137,6 +140,13 @@ def test_a_session_is_what_the_definitions_say(session: Session, rate: float) ->
             assert row["mistake"] == any(exact(a) <= t < exact(b) for a, b in session.mistakes)
     check_rejects(session, rejects, inside, hz)
     check_turns(session, aligned, inside, hz)
+    for row in aligned.steps:
+        if row["step_id"] not in ("open", "none"):
+            assert len(row["source_rows"]) == len(row["spans"])
+        for span, source in zip(row["spans"], row["source_rows"], strict=False):
+            start, end = source.removeprefix("row ").split("-")
+            assert span["start_s"] == int(start) / 1000
+            assert span["end_s"] in (int(end) / 1000, math.inf)
 
 
 def check_rejects(session: Session, rejects: Rejects, inside: Callable[[float], bool], hz: Fraction) -> None:
