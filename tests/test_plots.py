@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline.shards import LabelledSession
 from schemas.tables import TABLES
 from training.baselines import always_speak, copy_initial
-from training.plots import curves_picture, labels_picture, timeline_picture
+from training.curves import curves_picture
+from training.plots import labels_picture, timeline_picture
 from training.traces import Trace, Track
 
 TICKS, STEPS = 40, 3

@@ -1,4 +1,4 @@
-"""Pictures of a session, as labelled or truth over prediction, and of a run's curves. Equal input, equal bytes."""
+"""Pictures of a session, as labelled or truth over prediction. Equal input, equal bytes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.shards import LabelledSession
-from schemas.files import replacing_file
 from schemas.states import STATE_NAMES
+from training.drawing import DPI, FAINT, INK, QUIET, WIDTH, dress, say, write_figure
 from training.traces import Outcome, Trace
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ Frames = Sequence[tuple[int, NDArray[np.uint8]]]
 
 # Colours of Okabe and Ito, which remain apart under every common colour blindness.
 _STATE_COLOURS = ("#E6E8EB", "#E69F00", "#0072B2")
-_LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-_INK, _QUIET, _FAINT = "#22262B", "#6B7280", "#D5D9DE"
 
 _Look = tuple[str, str, str, bool]
 """A mark of speech: what it means, its colour, its shape, whether it is filled."""
@@ -36,7 +34,7 @@ _Look = tuple[str, str, str, bool]
 _SPEECH: dict[Outcome, _Look] = {
     "exact": ("said as it should be", "#009E73", "o", True),
     "words": ("right tick, other words", "#56B4E9", "D", True),
-    "missed": ("not said", _QUIET, "o", False),
+    "missed": ("not said", QUIET, "o", False),
     "extra": ("said, not asked for", "#D55E00", "X", True),
 }
 _ROLES: dict[str, _Look] = {
@@ -45,9 +43,8 @@ _ROLES: dict[str, _Look] = {
 }
 _MISTAKE = "#D55E00"
 
-_WIDTH, _LEFT, _RIGHT, _MARGIN = 13.0, 2.75, 0.85, 0.3  # inches
-_PLOT = _WIDTH - _LEFT - _RIGHT
-_DPI = 150
+_LEFT, _RIGHT, _MARGIN = 2.75, 0.85, 0.3  # inches
+_PLOT = WIDTH - _LEFT - _RIGHT
 _MAX_FRAMES, _MAX_UTTERANCES = 8, 12
 _THUMB = 0.86  # inches, the height of a frame at most
 _LINE = 0.215  # inches, one row of the list of utterances
@@ -113,7 +110,7 @@ def timeline_picture(trace: Trace, frames: Frames, path: Path, title: str) -> No
     _draw_bands(bands, trace.step_names, tracks, scale)
     _draw_speech(speech, ("said", "to be said"), _SPEECH.values(), spoken, scale)
     _draw_utterances(table, [(1.4, "to be said", 84), (7.0, "said", 84)], spoken, scale)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def labels_picture(session: LabelledSession, frames: Frames, path: Path) -> None:
@@ -140,31 +137,7 @@ def labels_picture(session: LabelledSession, frames: Frames, path: Path) -> None
     _draw_mistakes(wrong, session, scale)
     _draw_speech(speech, ("user", "assistant"), _ROLES.values(), spoken, scale)
     _draw_utterances(table, [(1.4, "who", 12), (2.4, "says", 150)], spoken, scale)
-    _write(figure, path)
-
-
-def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw a training log as a PNG: losses by step on the left, validation scores on the right.
-
-    Args:
-        log: rows with ``step`` and any of ``train/loss_*``, ``val/loss_*`` (left) and other ``val/*`` (right).
-        path: the file to write.
-    """
-    from matplotlib.figure import Figure
-
-    names = sorted({name for row in log for name in row if name.startswith(("train/loss", "val/"))})
-    losses = [name for name in names if name.split("/", 1)[1].startswith("loss")]
-    scores = [name for name in names if name not in losses]
-    figure = Figure(figsize=(_WIDTH, 4.8), dpi=_DPI, facecolor="white")
-    left = figure.add_axes((0.06, 0.12, 0.42, 0.79))
-    right = figure.add_axes((0.55, 0.12, 0.42, 0.79))
-    _draw_curves(left, log, losses, "Losses", smooth=True)
-    _draw_curves(right, log, scores, "Validation", smooth=False)
-    if losses:
-        left.set_yscale("log", nonpositive="mask")
-    if scores:
-        right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))  # from zero, or a small change looks large
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _outcome(trace: Trace, tick: int, kind: Outcome) -> _Spoken:
@@ -197,34 +170,20 @@ def _rows(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     total = sum(heights) + 0.15
-    figure = Figure(figsize=(_WIDTH, total), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
     axes, top = [], total
     for height in heights:
         top -= height
-        box = (_LEFT / _WIDTH, top / total, _PLOT / _WIDTH, max(height, 0.01) / total)
+        box = (_LEFT / WIDTH, top / total, _PLOT / WIDTH, max(height, 0.01) / total)
         axes.append(figure.add_axes(box))
         axes[-1].axis("off")
     return figure, axes
-
-
-def _say(axes: Axes, x: float, y: float, text: str, ink: str = _QUIET, size: float = 8, **style: Any) -> None:
-    # A dollar sign in somebody's words is not the start of a formula.
-    axes.text(x, y, text, color=ink, fontsize=size, parse_math=False, **{"va": "center", **style})
 
 
 def _mark(look: _Look, size: float) -> dict[str, Any]:
     _, colour, marker, filled = look
     face = colour if filled else "white"
     return {"ls": "", "marker": marker, "ms": size, "mfc": face, "mec": colour, "mew": 1.2, "clip_on": False}
-
-
-def _dress(axes: Axes, unit: str) -> None:
-    axes.set_xlabel(unit, fontsize=9, color=_QUIET)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(_QUIET)
-    axes.tick_params(which="both", colors=_QUIET, labelsize=8.5)
-    axes.grid(color=_FAINT, lw=0.6)
-    axes.set_axisbelow(True)
 
 
 def _patch(colour: str, label: str) -> Artist:
@@ -248,10 +207,10 @@ def _mark_handles(looks: Iterable[_Look]) -> list[Artist]:
 
 def _draw_head(axes: Axes, title: str, facts: str, handles: Sequence[Artist]) -> None:
     left = (_MARGIN - _LEFT) / _PLOT
-    _say(axes, left, 0.74, _short(title, 95), _INK, 15, fontweight="bold")
-    _say(axes, left, 0.45, facts, size=9)
+    say(axes, left, 0.74, _short(title, 95), INK, 15, fontweight="bold")
+    say(axes, left, 0.45, facts, size=9)
     spacing = {"handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 1.8, "borderpad": 0.0}
-    look: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": _INK, **spacing}
+    look: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, **spacing}
     place = (left - 0.004, 0.18)
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=place, ncols=len(handles), **look)
 
@@ -278,8 +237,8 @@ def _draw_frames(axes: Axes, frames: Frames, scale: _Scale) -> None:
     for (_, picture), t, left in zip(frames, times, lefts, strict=True):
         middle = left + width * inch / 2
         axes.imshow(picture, extent=(left, left + width * inch, 0.25, 0.25 + height), aspect="auto")
-        _say(axes, middle, height + 0.34, f"{t:.1f} s", ha="center")
-        axes.plot([middle, t, t], [0.25, 0.08, 0], color=_QUIET, lw=0.8, clip_on=False)
+        say(axes, middle, height + 0.34, f"{t:.1f} s", ha="center")
+        axes.plot([middle, t, t], [0.25, 0.08, 0], color=QUIET, lw=0.8, clip_on=False)
     axes.set_xlim(low, high)
     axes.set_ylim(0, height + 0.45)
 
@@ -313,13 +272,13 @@ def _draw_bands(
     for step, name in enumerate(names):
         if named:
             label = "\n".join(textwrap.wrap(f"{step + 1}. {name}", 36, max_lines=2, placeholder="…"))
-            _say(axes, low - 0.11 * inch, step + 0.43, label, _INK, 9, ha="right")
+            say(axes, low - 0.11 * inch, step + 0.43, label, INK, 9, ha="right")
         elif step == 0 or (step + 1) % every == 0:
-            _say(axes, low - 0.11 * inch, step + 0.5, f"step {step + 1}", _INK, 9, ha="right")
+            say(axes, low - 0.11 * inch, step + 0.5, f"step {step + 1}", INK, 9, ha="right")
         for place, (says, states) in enumerate(tracks):
             top, height = step + place * room / len(tracks), room / len(tracks) - (0.04 if named else 0)
             if named:
-                _say(axes, high + 0.07 * inch, top + 0.21, says, size=6.5)
+                say(axes, high + 0.07 * inch, top + 0.21, says, size=6.5)
             for start, ticks, state in _runs(states[:, step]):
                 stretch = (scale.time(start), ticks / scale.tick_hz)
                 axes.broken_barh([stretch], (top, height), color=_STATE_COLOURS[state], lw=0)
@@ -329,9 +288,9 @@ def _draw_mistakes(axes: Axes, session: LabelledSession, scale: _Scale) -> None:
     (low, high), inch = scale.span, scale.inch
     axes.set_xlim(low, high)
     axes.set_ylim(0, 1)
-    _say(axes, low - 0.11 * inch, 0.37, "mistakes", _INK, 9, ha="right")
+    say(axes, low - 0.11 * inch, 0.37, "mistakes", INK, 9, ha="right")
     if session.frames["mistake"].null_count:
-        _say(axes, low, 0.37, "not annotated")
+        say(axes, low, 0.37, "not annotated")
         return
     for start, ticks, wrong in _runs(session.column("mistake").astype(np.int8)):
         colour = _MISTAKE if wrong else _STATE_COLOURS[0]
@@ -355,11 +314,11 @@ def _draw_speech(
     axes.axis("on")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    _dress(axes, "seconds")
+    dress(axes, "seconds")
     size = max(2.5, min(7.0, _PLOT * 72 / max(1, len(spoken))))  # points; crowded marks are smaller
     for row, says in enumerate(rows):
-        _say(axes, low - 0.11 * inch, row, says, _INK, 9, ha="right")
-        axes.axhline(row, color=_FAINT, lw=0.8, zorder=0.5)
+        say(axes, low - 0.11 * inch, row, says, INK, 9, ha="right")
+        axes.axhline(row, color=FAINT, lw=0.8, zorder=0.5)
         for look in reversed([*looks]):
             times = [scale.time(each.tick) for each in spoken if each.look == look and row in each.rows]
             axes.plot(times, [row] * len(times), zorder=3, **_mark(look, size))
@@ -367,7 +326,7 @@ def _draw_speech(
     for number, each in enumerate(spoken[:_MAX_UTTERANCES], start=1):
         t = scale.time(each.tick)
         if t >= free:
-            _say(axes, t, max(each.rows) + 0.48, str(number), _INK, 7.5, ha="center")
+            say(axes, t, max(each.rows) + 0.48, str(number), INK, 7.5, ha="center")
             free = t + _NUMBER_ROOM * inch
 
 
@@ -386,47 +345,18 @@ def _draw_utterances(
     axes.set_xlim(0, _PLOT)
     axes.set_ylim(len(listed) + 1, -1)
     for x, heading, _ in columns:
-        _say(axes, x - _LEFT, -0.5, heading, fontweight="bold")
+        say(axes, x - _LEFT, -0.5, heading, fontweight="bold")
     for row, each in enumerate(listed):
         y = row + 0.5
         axes.plot([_MARGIN + 0.06 - _LEFT], [y], **_mark(each.look, 5))
-        _say(axes, 0.7 - _LEFT, y, str(row + 1), _INK, ha="right")
-        _say(axes, 1.25 - _LEFT, y, f"{scale.time(each.tick):.1f} s", ha="right")
+        say(axes, 0.7 - _LEFT, y, str(row + 1), INK, ha="right")
+        say(axes, 1.25 - _LEFT, y, f"{scale.time(each.tick):.1f} s", ha="right")
         for (x, _, width), text in zip(columns, each.cells, strict=True):
-            _say(axes, x - _LEFT, y, _short(text, width), _INK)
+            say(axes, x - _LEFT, y, _short(text, width), INK)
     if len(spoken) > len(listed):
-        _say(axes, columns[0][0] - _LEFT, len(listed) + 0.5, f"and {len(spoken) - len(listed)} more")
+        say(axes, columns[0][0] - _LEFT, len(listed) + 0.5, f"and {len(spoken) - len(listed)} more")
 
 
 def _short(text: str, most: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
-
-
-def _draw_curves(
-    axes: Axes, log: Sequence[Mapping[str, float]], names: Sequence[str], title: str, smooth: bool
-) -> None:
-    axes.set_title(title, fontsize=12, fontweight="bold", color=_INK, loc="left")
-    _dress(axes, "step")
-    if not names:
-        _say(axes, 0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center")
-    for place, name in enumerate(names):
-        rows = [(row["step"], row[name]) for row in log if name in row]
-        steps, values = np.array(rows, dtype=np.float64).T
-        colour = _LINE_COLOURS[place % len(_LINE_COLOURS)]
-        window = max(1, len(values) // 40) if smooth else 1
-        if window > 1:
-            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
-            steps, values = steps[window - 1 :], np.convolve(values, np.full(window, 1 / window), "valid")
-        line = "-" if place < len(_LINE_COLOURS) else "--"
-        marker = "o" if len(values) <= 40 else ""
-        label = name.removeprefix("train/loss_" if smooth else "val/")
-        axes.plot(steps, values, color=colour, lw=1.8, ls=line, marker=marker, ms=3.5, label=label)
-    if names:
-        axes.legend(fontsize=8, frameon=False, ncols=1 + (len(names) > 5), labelcolor=_INK)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    with replacing_file(path) as temporary:
-        # Without its own version in the file, the same picture has the same bytes.
-        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -17,11 +17,11 @@ from schemas.checkpoints import checkpoint_folder
 from schemas.errors import UserError
 from schemas.files import replacing_folder, write_text
 from training.batch import Batch, Example, collate
+from training.curves import curves_picture
 from training.data import SessionData, TrainingWindows, load_sessions
 from training.losses import loss_parts
 from training.metrics import best_threshold, score
 from training.model import NEW_PARTS, DSTSmolVLM, from_backbone
-from training.plots import curves_picture
 from training.recipe import HeadLoss, LossSettings, Recipe
 from training.rollout import Thresholds, decide_teacher, traces_of_teacher
 from training.sequence import SequenceBuilder

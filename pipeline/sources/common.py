@@ -194,7 +194,8 @@ def _session(
     steps = annotated.steps if dialog is None or dialog.steps is None else dialog.steps
     source_file = dialog.source_file if dialog else annotated.source_file
     if not any(math.isfinite(step.start) for step in steps):
-        rejects.add(source_file, session_id, "no steps")
+        turns = (dialog.turns if dialog else annotated.turns) or ()
+        rejects.add(source_file, session_id, "no steps", f"{len(turns)} turns are not used" if turns else "")
         return None
     goal = (dialog and dialog.goal) or annotated.goal
     origin: DialogOrigin
