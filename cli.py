@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -40,6 +42,16 @@ class _Commands(TyperGroup):
                 raise
             typer.secho(f"error: {error}", fg="red", err=True)
             ctx.exit(2)
+        except OSError as error:  # no room, no permission, a file where a folder should be
+            if ctx.params.get("debug") or error.errno in (None, errno.EPIPE):
+                raise
+            typer.secho(f"error: {_os_sentence(error)}", fg="red", err=True)
+            ctx.exit(2)
+
+
+def _os_sentence(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; what was there before is as it was"
 
 
 app = typer.Typer(
@@ -78,6 +90,8 @@ def sample(
     from data_manifests import load_manifest
 
     load_manifest(source)
+    if importlib.util.find_spec(f"pipeline.sample.{source}") is None:
+        raise UserError(f"there is no synthetic {source}")
     out = out or Path("data") / source
     with _progress("videos") as bar:
         write_sample = importlib.import_module(f"pipeline.sample.{source}").write_sample
@@ -134,8 +148,8 @@ def prepare(
 
     Example: dst prepare --source assembly101 --root data/assembly101
     """
-    if not 0 < tick_hz < float("inf"):
-        raise UserError(f"--tick-hz must be a positive number, not {tick_hz}")
+    if not 0 < tick_hz <= 1000:
+        raise UserError(f"--tick-hz must be above 0 and at most 1000, not {tick_hz}")
     workers = workers or os.cpu_count() or 1
     if source != "all":
         _prepare_one(source, root or Path("data") / source, out, dialogs, tick_hz, level, view, workers)
@@ -157,10 +171,12 @@ def prepare(
         typer.secho(f"\n== {name}", bold=True)
         try:
             _prepare_one(name, data / name, out, dialogs, tick_hz, level, view, workers)
-        except UserError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
+        except (UserError, OSError) as error:
+            sentence = _os_sentence(error) if isinstance(error, OSError) else str(error)
+            typer.secho(f"error: {sentence}", fg="red", err=True)
             failed.append(name)
     typer.echo(f"labels of {', '.join(n for n in there if n not in failed) or 'none'} in {out}")
+    typer.echo(f"what they hold: dst inspect {out}; next: dst cache-features --labels {out}")
     if failed:
         typer.secho(f"could not be prepared: {', '.join(failed)}", fg="red", err=True)
         raise typer.Exit(1)
@@ -196,6 +212,7 @@ def _prepare_one(
         typer.echo(f"{counts.joined_turns} assistant turns were joined to an earlier one on their tick")
     if counts.missing_videos:
         typer.echo(f"{counts.missing_videos} of {counts.rows['videos']} videos are not there yet")
+        typer.echo(f"  such as {counts.missing_video}")
 
 
 @app.command()
@@ -225,7 +242,7 @@ def inspect(
         return
     if out is not None:
         raise UserError("--out is where the picture of one session goes; name the session with --session")
-    rows = summary(labels)
+    rows, rejects = summary(labels), rejects_by_reason(labels)
     if csv:
         writer = DictWriter(sys.stdout, list(rows[0]))
         writer.writeheader()
@@ -239,7 +256,6 @@ def inspect(
             (source, *(row["split"] for row in mine)),
             [(name.replace("_", " "), *(row[name] for row in mine)) for name in names],
         )
-    rejects = rejects_by_reason(labels)
     if rejects:
         _echo_table(
             ("not used, because", "corpus", "times"),
@@ -476,7 +492,7 @@ class _Bar:
         self.rich.update(self.task, advance=amount, note=note)
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -497,7 +513,8 @@ def _echo_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     for row in rows:
         table.add_row(*map(_plain, row))
     # Rich would cut a table to 80 columns where there is no terminal to ask for its width.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    width = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, width=width, markup=False, emoji=False).print(table)
 
 
 def _plain(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import as_file, files
@@ -58,15 +59,29 @@ class Manifest(Strict):
     views: tuple[View, ...] = ()
 
     def find(self, root: Path, kind: str) -> list[Path]:
-        """The files of one kind in a corpus' folder, sorted."""
-        return self.search(root, kind).paths
+        """The files of one kind in a corpus' folder, sorted.
+
+        Raises:
+            UserError: they are there twice, in two layouts.
+        """
+        places: dict[str, list[Path]] = {}
+        for folder in self.folders:
+            for glob in self.files[kind].globs:
+                paths = _files(root / folder, glob)
+                if paths and {path.resolve() for path in paths} not in (
+                    {path.resolve() for path in other} for other in places.values()
+                ):
+                    places[str(root / folder / glob)] = paths
+        if len(places) > 1:
+            raise UserError(f"{self.name} has {kind} twice: {' and '.join(places)}; take one of them away")
+        return next(iter(places.values()), [])
 
     def search(self, root: Path, kind: str) -> Search:
         """The files of one kind, where they are, and how many the whole corpus has."""
         globs = self.files[kind].globs
         for folder in self.folders:
             for glob, count in globs.items():
-                if paths := sorted((root / folder).glob(glob)):
+                if paths := _files(root / folder, glob):
                     return Search(paths, str(root / folder / glob), count)
         glob, count = next(iter(globs.items()))
         return Search([], str(self._folder(root) / glob), count)
@@ -74,7 +89,8 @@ class Manifest(Strict):
     def path(self, root: Path, *names: str) -> Path:
         """A file that may go by several names; where it is not there, where it would be."""
         places = [root / folder / name for folder in self.folders for name in names]
-        return next((place for place in places if place.is_file()), self._folder(root) / names[0])
+        # unlike Path.is_file, this is False for a name that no file can have
+        return next((place for place in places if os.path.isfile(place)), self._folder(root) / names[0])
 
     def nothing_found(self, root: Path, kinds: Iterable[str]) -> UserError:
         """What to raise where none of these kinds is there."""
@@ -85,6 +101,16 @@ class Manifest(Strict):
     def _folder(self, root: Path) -> Path:
         there = [root / folder for folder in self.folders if (root / folder).is_dir()]
         return there[-1] if there else root
+
+
+def _files(folder: Path, glob: str) -> list[Path]:
+    paths = sorted(path for path in folder.glob(glob) if path.is_file())
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it") from None
+    return paths
 
 
 def manifest_names() -> list[str]:

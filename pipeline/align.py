@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 
 from schemas.clock import Clock
 from schemas.records import Rejects, Session, Turn
-from schemas.states import Step, TimestampToStateConverter, transitions_between
+from schemas.states import SourceRow, Step, TimestampToStateConverter, transitions_between
 from schemas.tables import TABLES
 
 _LONGEST_S = 86_400  # a time that is none, such as nanoseconds for seconds, would fill the memory with ticks
+_MOST_STEPS = 32_767  # the tables number them in 16 bits
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class _Window:
     def holds(self, t: float) -> bool:
         return math.isfinite(t) and self.first <= self.clock.tick_of(t) <= self.last
 
-    def reject(self, what: str, t: float, detail: str) -> None:
+    def reject(self, what: str, t: float, detail: str, row: SourceRow | None) -> None:
         duration = self.session.video.duration_s
         past_end = duration is not None and self.clock.tick_of(t) >= self.clock.num_ticks(duration)
         reason = "outside the video" if past_end or self.clock.tick_of(t) < 0 else "outside the session"
-        self.rejects.add(self.session.source_file, f"{self.session.session_id} {what}", reason, detail)
+        what = f"{self.session.session_id} {what}"
+        if row:
+            self.rejects.add(*row, reason, f"{what}: {detail}")
+        else:
+            self.rejects.add(self.session.source_file, what, reason, detail)
 
 
 def align(session: Session, clock: Clock, rejects: Rejects) -> Aligned | None:
@@ -64,11 +70,12 @@ def align(session: Session, clock: Clock, rejects: Rejects) -> Aligned | None:
         None, and one reject, where no tick or no step remains.
     """
     window = _window(session, clock, rejects)
-    too_long = window.last - window.first > _LONGEST_S * clock.tick_hz
-    if window.first > window.last or too_long or not session.steps:
-        reason = "longer than a day" if too_long else "no ticks" if session.steps else "no steps"
+    unusable = _unusable(session, window)
+    if unusable:
         detail = f"{session.start_s:g} to {session.end_s:g} s of a video of {session.video.duration_s} s"
-        rejects.add(session.source_file, session.session_id, reason, detail)
+        rejects.add(session.source_file, session.session_id, unusable, detail)
+        for used in (session.steps, session.turns, session.mistake_rows):
+            rejects.add_rows(used, unusable, session.session_id)
         return None
     steps = [_used_part(step, window) for step in session.steps]
     turns = _turns_inside(session, window)
@@ -96,25 +103,35 @@ def _window(session: Session, clock: Clock, rejects: Rejects) -> _Window:
     return _Window(session, clock, first, last, rejects)
 
 
+def _unusable(session: Session, window: _Window) -> str | None:
+    if not session.steps:
+        return "no steps"
+    if len(session.steps) > _MOST_STEPS:
+        return "too many steps"
+    if window.last > _LONGEST_S * window.clock.tick_hz:
+        return "later than a day"
+    return "no ticks" if window.first > window.last else None
+
+
 def _used_part(step: Step, window: _Window) -> Step:
-    """The step with the spans its states are computed from."""
-    if math.isinf(step.start):
-        return replace(step, spans=(), source_rows=())
-    if not window.holds(step.start):
-        window.reject(f"step {step.step_id} start", step.start, f"{step.start:.3f} s, {step.name}")
-        if math.isfinite(step.end):
-            detail = f"{step.end:.3f} s, {step.name}, whose start is not used"
-            window.reject(f"step {step.step_id} end", step.start, detail)
-        return replace(step, spans=(), source_rows=())
-    if window.holds(step.end):
-        return step
-    if math.isfinite(step.end):
-        window.reject(f"step {step.step_id} end", step.end, f"{step.end:.3f} s, {step.name}")
-    rows = step.source_rows or ("",) * len(step.spans)
-    inside = sorted(pair for pair in zip(step.spans, rows, strict=True) if window.holds(pair[0][0]))
-    spans, rows = zip(*inside, strict=True)
-    spans = (*spans[:-1], (spans[-1][0], math.inf))
-    return replace(step, spans=spans, source_rows=rows if step.source_rows else ())
+    """The step with the spans its states are computed from; each other one is a reject."""
+    rows: Sequence[SourceRow | None] = step.source_rows or [None] * len(step.spans)
+    kept: list[tuple[tuple[float, float], SourceRow | None]] = []
+    whole = True
+    for (start, end), row in sorted(zip(step.spans, rows, strict=True), key=lambda pair: pair[0]):
+        detail = f"{start:.3f} to {end:.3f} s, {step.name}"
+        if not (window.holds(start) and window.holds(step.start)):
+            window.reject(f"step {step.step_id} start", start, detail, row)
+            whole = False
+        elif window.holds(end) or math.isinf(end):
+            kept.append(((start, end), row))
+        else:
+            window.reject(f"step {step.step_id} end", end, detail, row)
+            kept.append(((start, math.inf), row))
+    if kept and not whole:  # it goes on somewhere else
+        kept.append(((kept[-1][0][0], math.inf), kept.pop()[1]))
+    source_rows = tuple(row for _, row in kept if row)
+    return replace(step, spans=tuple(span for span, _ in kept), source_rows=source_rows)
 
 
 def _turns_inside(session: Session, window: _Window) -> list[tuple[int, Turn]]:
@@ -122,27 +139,30 @@ def _turns_inside(session: Session, window: _Window) -> list[tuple[int, Turn]]:
     for index, turn in enumerate(session.turns):
         if window.holds(turn.t_s):
             inside.append((window.clock.tick_of(turn.t_s), turn))
-        else:
-            window.reject(f"turn {index}", turn.t_s, f"{turn.t_s:.3f} s, {turn.role}: {turn.text}")
+        elif (
+            session.dialog_origin != "template"
+        ):  # nobody wrote those: what they are made of is a reject itself
+            detail = f"{turn.t_s:.3f} s, {turn.role}: {turn.text}"
+            window.reject(f"turn {index}", turn.t_s, detail, turn.source_row)
     return sorted(inside, key=lambda pair: (pair[0], pair[1].t_s))
 
 
 def _mistaken(session: Session, window: _Window) -> NDArray[np.bool_] | None:
-    """Which ticks lie in a mistake; a span is marked where it lies inside, and a reject where it does not."""
+    """Which ticks lie in a mistake: from the tick its start belongs to up to that of its end, one at least. A span is
+    marked where it lies inside, and a reject where it does not."""
     if session.mistakes is None:
         return None
     marks = np.zeros(window.last + 1 - window.first, dtype=np.bool_)
-    for index, (start, end) in enumerate(session.mistakes):
-        first, stop = window.clock.tick_of(start), window.clock.tick_of(end)
+    rows: Sequence[SourceRow | None] = session.mistake_rows or [None] * len(session.mistakes)
+    for index, ((start, end), row) in enumerate(zip(session.mistakes, rows, strict=True)):
+        first = window.clock.tick_of(start)
+        stop = max(window.clock.tick_of(end), first + 1)
         marks[max(0, first - window.first) : max(0, stop - window.first)] = True
         what, detail = f"mistake {index}", f"{start:.3f} to {end:.3f} s"
         if not window.holds(start):
-            window.reject(what, start, detail)
+            window.reject(what, start, detail, row)
         elif not window.holds(end):
-            window.reject(what, end, f"{detail}, marked from its start on")
-        elif first == stop:
-            locator = f"{session.session_id} {what}"
-            window.rejects.add(session.source_file, locator, "between two ticks", detail)
+            window.reject(what, end, f"{detail}, marked from its start on", row)
     return marks
 
 
@@ -205,7 +225,7 @@ def _step_row(session: Session, index: int, step: Step) -> dict[str, Any]:
         "name": step.name,
         "parent": step.parent,
         "spans": [{"start_s": start, "end_s": end} for start, end in step.spans],
-        "source_rows": list(step.source_rows),
+        "source_rows": list(map(str, step.source_rows)),
     }
 
 
@@ -219,5 +239,5 @@ def _turn_row(session: Session, index: int, tick: int, turn: Turn) -> dict[str, 
         "text": turn.text,
         "labels": list(turn.labels),
         "progress": turn.progress,
-        "source_row": turn.source_row,
+        "source_row": str(turn.source_row) if turn.source_row else None,
     }

@@ -127,7 +127,7 @@ def _stream(
     import av
 
     try:
-        container = av.open(str(path), metadata_errors="replace")  # tags may be in any encoding
+        container = av.open(f"file:{path}", metadata_errors="replace")  # tags may be in any encoding
     except FileNotFoundError:
         raise DecodeError(f"{path} is not there") from None
     except (av.FFmpegError, OSError) as error:

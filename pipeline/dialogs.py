@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.jsonfile import Place, json_records
 from schemas.errors import UserError
 from schemas.records import Rejects, Split, Turn
-from schemas.states import Step, parse_dst
+from schemas.states import SourceRow, Step, parse_dst
 
 _NOT_TURNS = ("system", "DST_UPDATE", "frames")
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -81,12 +81,16 @@ class DialogIndex:
     def __init__(self, path: Path | None, rejects: Rejects) -> None:
         self._places: dict[str, list[Place]] = {}
         for file in _files(path) if path else ():
+            empty = True
             for place, record in json_records(file, rejects):
+                empty = False
                 uid = record.get("video_uid") if isinstance(record, Mapping) else None
                 if isinstance(uid, str) and uid:
                     self._places.setdefault(uid, []).append(place)
                 else:
                     rejects.add(file, place.locator, "unknown form", "no video_uid")
+            if empty:
+                rejects.add(file, "file", "empty file")
 
     @property
     def video_uids(self) -> list[str]:
@@ -107,6 +111,9 @@ class DialogIndex:
                 if not part.entries and part.about.get("dst"):
                     _add_plan(plans, part, rejects)
                 elif before is not None:
+                    if part.about.get("dst") not in (None, parts[before].about.get("dst")):
+                        where = f"the first is in {parts[before].locator}"
+                        rejects.add(part.file, part.locator, "second DST of one dialogue", where)
                     parts[before] = replace(parts[before], entries=[*parts[before].entries, *part.entries])
                 else:
                     parts.append(part)
@@ -128,7 +135,7 @@ def _files(path: Path) -> list[Path]:
 def _parts(place: Place, record: Mapping[str, Any], rejects: Rejects) -> Iterator[_Part]:
     """The conversations of one record; a plan given by itself is one without entries."""
     several = record.get("conversations")
-    if isinstance(several, list):
+    if isinstance(several, list) and several:
         parts = [(f"{place.locator}, conversation {n}", part) for n, part in enumerate(several, 1)]
     elif "conversation" in record:
         parts = [(place.locator, record)]
@@ -185,7 +192,12 @@ def _dialog(part: _Part, rejects: Rejects) -> Dialog | None:
         rejects.add(part.file, part.locator, "no turns", part.about["video_uid"])
         return None
     steps = _steps(part, rejects) if has_plan else None
-    return None if has_plan and steps is None else _described(part, turns, steps)
+    if has_plan and steps is None:
+        for turn in turns:
+            where = turn.source_row or SourceRow(str(part.file), part.locator)
+            rejects.add(*where, "dialogue with unreadable DST", f"{turn.role}: {turn.text}")
+        return None
+    return _described(part, turns, steps)
 
 
 def _described(part: _Part, turns: tuple[Turn, ...], steps: tuple[Step, ...] | None) -> Dialog:
@@ -220,7 +232,7 @@ def _turns(part: _Part, rejects: Rejects) -> Iterator[Turn]:
             rejects.add(part.file, where, "no time", entry.get("time", ""))
         else:
             progress, labels = _text(entry.get("progress")), _labels(entry.get("labels"))
-            yield Turn(time, role, text, labels, progress, f"{part.file}, {where}")
+            yield Turn(time, role, text, labels, progress, SourceRow(str(part.file), where))
 
 
 def _steps(part: _Part, rejects: Rejects) -> tuple[Step, ...] | None:
@@ -232,9 +244,9 @@ def _steps(part: _Part, rejects: Rejects) -> tuple[Step, ...] | None:
     except ValueError as error:
         rejects.add(part.file, part.locator, "unreadable DST", error)
         return None
-    where = f"{part.file}, {part.locator}, dst"
+    rows = [SourceRow(str(part.file), f"{part.locator}, dst {n}") for n in range(1, len(steps) + 1)]
     return tuple(
-        replace(step, source_rows=(f"{where} {n}",) * len(step.spans)) for n, step in enumerate(steps, 1)
+        replace(step, source_rows=(row,) * len(step.spans)) for step, row in zip(steps, rows, strict=True)
     )
 
 
@@ -246,7 +258,7 @@ def _steps_of_updates(part: _Part) -> Iterator[Step]:
     """
     knowledge = _text(part.about.get("inferred_knowledge") or part.about.get("knowledge")) or ""
     names = {f"S{number}": name.strip() for number, name in _NUMBERED.findall(knowledge)}
-    starts: dict[str, list[tuple[float, str]]] = {}
+    starts: dict[str, list[tuple[float, SourceRow]]] = {}
     ends: dict[str, list[float]] = {}
     for where, entry in part.entries:
         if _role(entry) != "DST_UPDATE":
@@ -256,10 +268,11 @@ def _steps_of_updates(part: _Part) -> Iterator[Step]:
             raise ValueError(f"{where} is a DST_UPDATE without a time or a list of transitions")
         for update in content:
             transition = update.get("transition") if isinstance(update, Mapping) else None
-            step_id = str(update["id"]) if transition and "id" in update else None
+            given = update.get("id") if transition else None
+            step_id = str(given) if isinstance(given, (str, int)) and not isinstance(given, bool) else None
             open_spans = len(starts.get(step_id or "", ())) - len(ends.get(step_id or "", ()))
             if step_id and transition == "start" and open_spans == 0:
-                starts.setdefault(step_id, []).append((time, f"{part.file}, {where}"))
+                starts.setdefault(step_id, []).append((time, SourceRow(str(part.file), where)))
             elif step_id and transition == "complete" and open_spans == 1:
                 ends.setdefault(step_id, []).append(time)
             else:

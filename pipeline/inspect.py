@@ -38,6 +38,8 @@ def summary(labels: Path) -> Rows:
     import polars as pl
 
     counted = pl.concat([_counted_sessions(folder) for folder in label_folders(labels)])
+    if counted.is_empty():
+        raise UserError(f"{labels} holds no session; run 'dst prepare' again")
     rows: Rows = []
     for source in sorted(counted["source"].unique()):
         sessions = counted.filter(pl.col("source") == source)
@@ -84,6 +86,8 @@ def read_session(labels: Path, session_id: str) -> LabelledSession:
         if session_id in ids:
             return _session(folder, session_id)
         known += ids
+    if not known:
+        raise UserError(f"{labels} holds no session; run 'dst prepare' again")
     nearest = ", ".join(difflib.get_close_matches(session_id, sorted(known), n=3, cutoff=0.0))
     raise UserError(f"{labels} has no session {session_id!r}; the nearest are {nearest}")
 
@@ -142,6 +146,11 @@ def _counted_sessions(folder: Path) -> pl.DataFrame:
     sessions = _read(folder, "sessions", lambda table: table)
     for other, key in ((videos, "video_id"), (frames, "session_id"), (turns, "session_id")):
         sessions = sessions.join(other, on=key, how="left", maintain_order="left")
+    if sessions["recording_id"].null_count() or sessions["ticks"].null_count():
+        raise UserError(
+            f"the tables in {folder} do not belong together (a session without its video or its ticks); "
+            "run 'dst prepare' again"
+        )
     return sessions
 
 

@@ -57,7 +57,10 @@ def parse(text: str, rejects: Rejects) -> Any:
     Raises:
         ValueError: the text is not JSON.
     """
-    return _mended(json.loads(text), text, rejects)
+    try:
+        return _mended(json.loads(text), text, rejects)
+    except RecursionError:
+        raise ValueError("lists in lists without end") from None
 
 
 def _mended(value: Any, text: str, rejects: Rejects) -> Any:

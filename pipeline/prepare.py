@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +29,8 @@ from schemas.tables import LabelWriter, table_of
 @dataclass(frozen=True)
 class Counts:
     """What was written: sessions by split, rows by table, rejects by reason; how often something was decided that
-    no file says; how many assistant turns were joined to an earlier one of their tick; how many videos are not there.
+    no file says; how many assistant turns were joined to an earlier one of their tick; how many videos are not there,
+    and where the first of them should be.
     """
 
     sessions: dict[str, int]
@@ -36,6 +39,7 @@ class Counts:
     notes: dict[str, int]
     joined_turns: int
     missing_videos: int
+    missing_video: str | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,16 @@ class _Read:
 
 
 def corpus_of(source: str) -> Corpus:
-    """The module of a corpus there is a manifest of."""
+    """The module of a corpus.
+
+    Raises:
+        UserError: there is no manifest of that name, or one without a module.
+    """
     load_manifest(source)
-    return cast(Corpus, importlib.import_module(f"pipeline.sources.{source}"))
+    name = f"pipeline.sources.{source}"
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{source} has a manifest, but nothing reads it: write pipeline/sources/{source}.py")
+    return cast(Corpus, importlib.import_module(name))
 
 
 def prepare(
@@ -218,9 +229,15 @@ class _Totals:
         ]
 
     def counts(self, rows: dict[str, int]) -> Counts:
-        missing = sum(
-            not all(path.is_file() for path in video_files(video.uri)) for video in self._videos.values()
-        )
+        files = [video_files(video.uri) for video in self._videos.values()]
+        gaps = [[path for path in parts if not os.path.isfile(path)] for parts in files]
+        missing = [parts[0] for parts in gaps if parts]
         return Counts(
-            dict(self.splits), rows, dict(self.reasons), dict(self.notes), self.joined_turns, missing
+            dict(self.splits),
+            rows,
+            dict(self.reasons),
+            dict(self.notes),
+            self.joined_turns,
+            len(missing),
+            str(missing[0]) if missing else None,
         )

@@ -25,10 +25,14 @@ _CORRECTION = (
 _CLOSING = ("That was the last step. Great work!", "All steps are done, you have finished.", "We are done!")
 
 
-def session_range(steps: Sequence[Step], turns: Sequence[Turn]) -> tuple[float, float]:
-    """Start and end in seconds of a session: all that happens in it, and 2 s on either side, from 0 on."""
-    starts = [step.start for step in steps] + [turn.t_s for turn in turns]
-    times = [t for t in starts + [step.end for step in steps] if math.isfinite(t)]
+def session_range(
+    steps: Sequence[Step], turns: Sequence[Turn], mistakes: Sequence[tuple[float, float]] | None
+) -> tuple[float, float]:
+    """Start and end in seconds of a session: all that happens in it from 0 on, and 2 s on either side."""
+    times = [t for step in steps for span in step.spans for t in span]
+    times += [turn.t_s for turn in turns]
+    times += [t for span in mistakes or () for t in span]
+    times = [t for t in times if math.isfinite(t) and t >= 0]
     return max(0.0, min(times) - MARGIN_S), max(times) + MARGIN_S
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
+from types import FrameType
 from typing import Any, TypeVar
+
+from schemas.errors import UserError
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -35,13 +41,40 @@ def in_order(
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_run, work, item))
+            with _interrupts_held_back():  # a process that is started now will not see them
+                pending.append(pool.submit(_run, work, item))
             if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process was killed from outside, mostly for want of memory; try fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C goes to all processes of a terminal; only the one that started the others is to answer it.
+
+    A process that is started here inherits the mask and does not see them. Other threads of this one still may, and
+    Python then answers in the main thread: so its answer waits too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    answer = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, answer)
+        if waiting and callable(answer):
+            answer(*waiting[0])
 
 
 def _start(shared: Any) -> None:

@@ -32,7 +32,8 @@ class Clock:
 
         A model at that tick has seen the moment the event happened, and nothing later.
         """
-        return math.ceil(t * self.tick_hz - TICK_TOLERANCE)
+        # within what can be counted: infinity has no integer
+        return math.ceil(max(-1e300, min(t * self.tick_hz, 1e300)) - TICK_TOLERANCE)
 
     def num_ticks(self, duration_s: float) -> int:
         """How many ticks a video of that duration has: every k >= 0 with ``k / tick_hz < duration_s``."""

@@ -56,6 +56,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: another process is writing the same folder.
     """
+    path = path.resolve()  # where a link points to, the new folder goes too
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     lock = _lock(temporary, path)
@@ -80,6 +81,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def _lock(temporary: Path, path: Path) -> int:
     """Make a folder and hold it until its descriptor is closed, which a killed process does too."""
+    if temporary.is_symlink():
+        raise UserError(f"{temporary} is a link, and would be written to; remove it")
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY)
     try:

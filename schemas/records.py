@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from schemas.errors import UserError
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 Split = Literal["train", "val", "test"]
 DialogOrigin = Literal["human", "generated", "template"]
@@ -59,14 +59,15 @@ class Turn:
     text: str
     labels: tuple[str, ...] = ()
     progress: str | None = None
-    source_row: str | None = None
+    source_row: SourceRow | None = None
 
 
 @dataclass(frozen=True)
 class Session:
     """One supervised stretch of a video, ``[start_s, end_s]``: a plan, when its steps happen, what is said.
 
-    ``mistakes`` are half-open spans in seconds; None where the corpus does not say.
+    ``mistakes`` are half-open spans in seconds, None where the corpus does not say; ``mistake_rows`` say, one by
+    one, where they were read.
     """
 
     session_id: str
@@ -83,6 +84,7 @@ class Session:
     user_type: str | None = None
     quality: float | None = None
     mistakes: tuple[tuple[float, float], ...] | None = None
+    mistake_rows: tuple[SourceRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,15 @@ class Rejects:
 
     def add(self, source_file: object, locator: object, reason: str, detail: object = "") -> None:
         self.rows.append(Reject(str(source_file), str(locator), reason, str(detail)))
+
+    def add_rows(self, used: Iterable[Step | Turn | SourceRow], reason: str, about: str) -> None:
+        """One for each row that these were read from."""
+        for each in used:
+            if isinstance(each, Step):
+                rows, detail = each.source_rows, f"{about}: {each.name}"
+            elif isinstance(each, Turn):
+                rows, detail = (each.source_row,) if each.source_row else (), f"{about}: {each.text}"
+            else:
+                rows, detail = (each,), about
+            for row in rows:
+                self.add(*row, reason, detail)

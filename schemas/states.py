@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,16 @@ _START_KEYS = ("start_ts", "t0")
 _END_KEYS = ("end_ts", "t1")
 
 
+class SourceRow(NamedTuple):
+    """Where something was read: a file, and how people find the row in it."""
+
+    file: str
+    locator: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.locator}"
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a plan.
@@ -39,13 +48,13 @@ class Step:
     spans: tuple[tuple[float, float], ...] = ()
     type: str = "step"
     parent: str | None = None
-    source_rows: tuple[str, ...] = ()
+    source_rows: tuple[SourceRow, ...] = ()
     start: float = field(init=False)
     end: float = field(init=False)
 
     def __post_init__(self) -> None:
         for start, end in self.spans:
-            if math.isnan(start) or math.isnan(end) or start < 0:
+            if not math.isfinite(start) or math.isnan(end) or start < 0:
                 raise ValueError(f"step {self.step_id!r} has a span {start}-{end} that is not a time")
             if end < start:
                 raise ValueError(f"step {self.step_id!r} ends at {end} s, before it starts at {start} s")
@@ -67,12 +76,22 @@ def parse_dst(dst: Any) -> list[Step]:
     Raises:
         ValueError: one sentence naming the entry that cannot be read.
     """
+    try:
+        return _parsed(dst)
+    except RecursionError:
+        raise ValueError("the DST annotation has entries in entries without end") from None
+
+
+def _parsed(dst: Any) -> list[Step]:
     if isinstance(dst, str):
         return [_entry(row, index, None) for index, row in enumerate(_tsv_rows(dst))]
     if isinstance(dst, Mapping):
         if isinstance(dst.get("steps"), Sequence):
             return list(_nested(dst["steps"], "step", None))
-        return [_task(str(name), value, index) for index, (name, value) in enumerate(dst.items())]
+        return [
+            _task(_name(name, f"S{index}"), value, f"S{index}")
+            for index, (name, value) in enumerate(dst.items(), 1)
+        ]
     if isinstance(dst, Sequence):
         return list(_nested(dst, "step", None))
     raise ValueError(f"a DST annotation is a list, a mapping or TSV text, not {type(dst).__name__}")
@@ -80,13 +99,13 @@ def parse_dst(dst: Any) -> list[Step]:
 
 def _tsv_rows(text: str) -> Iterator[dict[str, str]]:
     columns = ("type", "id", "start_ts", "end_ts", "name")
-    rows = csv.reader(io.StringIO(text.strip("\n")), delimiter="\t", quoting=csv.QUOTE_NONE)
-    for number, row in enumerate(rows, 1):
-        if [cell.strip() for cell in row] == list(columns):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if not line.strip() or cells == list(columns):
             continue
-        if len(row) != len(columns):
-            raise ValueError(f"DST line {number} has {len(row)} columns, not the 5 of {' '.join(columns)}")
-        yield dict(zip(columns, (cell.strip() for cell in row), strict=True))
+        if len(cells) != len(columns):
+            raise ValueError(f"DST line {number} has {len(cells)} columns, not the 5 of {' '.join(columns)}")
+        yield dict(zip(columns, cells, strict=True))
 
 
 def _nested(entries: Sequence[Any], kind: str, parent: str | None) -> Iterator[Step]:
@@ -105,11 +124,13 @@ def _nested(entries: Sequence[Any], kind: str, parent: str | None) -> Iterator[S
 def _entry(entry: Mapping[str, Any], index: int, parent: str | None) -> Step:
     kind = str(entry["type"]).lower()
     ids = [entry[key] for key in ("id", f"{kind}_id", "step_id") if key in entry]
+    if ids and (isinstance(ids[0], bool) or not isinstance(ids[0], (str, int))):
+        raise ValueError(f"DST entry {index} has the id {ids[0]!r}, which is neither text nor a whole number")
     step_id = str(ids[0]) if ids else (f"{parent}.{index + 1}" if parent else f"S{index + 1}")
-    name = str(entry.get("name", step_id)).strip()
+    name = _name(entry.get("name", step_id), step_id)
     times = entry.get("timestamps", entry)
     if isinstance(times, Sequence) and not isinstance(times, str):
-        return replace(_task(name, entry, index, step_id), type=kind, parent=parent)
+        return replace(_task(name, entry, step_id), type=kind, parent=parent)
     start = _time(times, _START_KEYS, step_id)
     end = _time(times, _END_KEYS, step_id)
     if start is None and end is not None:
@@ -118,11 +139,16 @@ def _entry(entry: Mapping[str, Any], index: int, parent: str | None) -> Step:
     return Step(step_id, name, spans, kind, parent)
 
 
-def _task(name: str, value: Any, index: int, step_id: str | None = None) -> Step:
+def _name(name: Any, step_id: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"DST entry {step_id!r} has the name {name!r}, which is no text")
+    return name.strip()
+
+
+def _task(name: str, value: Any, step_id: str) -> Step:
     times = value.get("timestamps") if isinstance(value, Mapping) else None
     if isinstance(times, str) or not isinstance(times, Sequence):
         raise ValueError(f"DST task {name!r} has no list 'timestamps'")
-    step_id = step_id or f"S{index + 1}"
     seconds = [_number(t, step_id) for t in times]
     return Step(step_id, name, ((seconds[0], seconds[-1]),) if seconds else ())
 
@@ -136,6 +162,8 @@ def _time(times: Any, keys: Sequence[str], step_id: str) -> float | None:
 
 def _number(value: Any, step_id: str) -> float:
     try:
+        if isinstance(value, bool):
+            raise TypeError("true and false are not times")
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"DST entry {step_id!r} has the time {value!r}, which is not a number") from None

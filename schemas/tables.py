@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
@@ -119,12 +120,17 @@ class LabelWriter:
         self.rows: Counter[str] = Counter(dict.fromkeys(TABLES, 0))  # given so far
 
     def __enter__(self) -> LabelWriter:
-        filled = self.folder.exists() and any(self.folder.iterdir())
-        if filled and not (self.folder / "sessions.parquet").is_file():
-            raise UserError(f"{self.folder} holds something else than label tables; give another --out")
+        ours = {"about.json", *(f"{name}.parquet" for name in TABLES)}
+        others = sorted({path.name for path in self.folder.iterdir()} - ours) if self.folder.is_dir() else []
+        if others:
+            raise UserError(
+                f"{self.folder} holds {others[0]!r}, which new label tables would replace; give another --out"
+            )
         self._folder = self._stack.enter_context(replacing_folder(self.folder))
         for name, schema in TABLES.items():
-            writer = pq.ParquetWriter(self._folder / f"{name}.parquet", schema, compression="zstd")
+            path = self._folder / f"{name}.parquet"
+            local = pa.fs.LocalFileSystem()  # or Arrow would take a colon in a path for the end of a protocol
+            writer = pq.ParquetWriter(path, schema, filesystem=local, compression="zstd")
             self._writers[name] = self._stack.enter_context(writer)
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 from test_cli import in_one_line, mistake, run
+
+from schemas.tables import LabelWriter
 
 
 @pytest.fixture
@@ -94,10 +97,109 @@ def test_mistakes_of_prepare(
     assert not (tmp_path / "labels" / source).exists()
 
 
-def test_tables_never_replace_something_else(data: Path) -> None:
+def test_tables_never_replace_something_else(data: Path, tmp_path: Path) -> None:
     sentence = mistake("prepare", "--source", "wtag", "--root", data / "wtag", "--out", data)
-    assert sentence == f"{data / 'wtag'} holds something else than label tables; give another --out"
+    assert sentence == f"{data / 'wtag'} holds 'T1', which new label tables would replace; give another --out"
     assert (data / "wtag/T1/Video/VideoMpegTiming.txt").is_file()
+    prepare = ("prepare", "--source", "wtag", "--root", data / "wtag", "--out", tmp_path / "labels")
+    assert run(*prepare).exit_code == 0
+    (tmp_path / "labels/wtag/notes.txt").write_text("mine")
+    assert "wtag holds 'notes.txt', which" in mistake(*prepare)
+    assert (tmp_path / "labels/wtag/notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_another_disk_stays_one(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/keep.txt").write_text("mine")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/wtag").symlink_to(tmp_path / "disk/wtag")
+    for _ in range(2):
+        result = run("prepare", "--source", "wtag", "--root", data / "wtag", "--out", tmp_path / "labels")
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "labels/wtag").is_symlink()
+        assert (tmp_path / "disk/wtag/frames.parquet").is_file()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["keep.txt", "wtag"]
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["wtag"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_where_a_folder_should_be(data: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    found = mistake("prepare", "--source", "wtag", "--root", data / "wtag", "--out", tmp_path / out)
+    assert found.startswith(f"{tmp_path}/file")
+    assert found.endswith("what was there before is as it was")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Arrow says when the disk is full while it writes."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    monkeypatch.setattr("schemas.tables.pq.ParquetWriter.write_table", full)
+    found = mistake(
+        "prepare", "--source", "wtag", "--root", data / "wtag", "--out", tmp_path / "labels", "--workers", "1"
+    )
+    assert found == "Error writing bytes to file; what was there before is as it was"
+    assert list((tmp_path / "labels").iterdir()) == []
+
+
+def test_names_that_look_like_something_else(data: Path, tmp_path: Path) -> None:
+    """Colons, brackets and braces in paths and reasons are only letters."""
+    root = tmp_path / "a:b [bold] {1} 'é"
+    (data / "wtag").rename(root)
+    out = tmp_path / "out:[red]"
+    result = run("prepare", "--source", "wtag", "--root", root, "--out", out, "--workers", "1")
+    assert result.exit_code == 0, result.output
+    assert f"such as {root}/T1/Video/Video.mpeg" in result.stdout
+    assert "1 wtag" not in result.stdout
+    assert run("inspect", out).exit_code == 0
+
+
+def test_a_name_that_no_file_can_have(data: Path, tmp_path: Path) -> None:
+    path = data / "epickitchens/EPIC_100_train.csv"
+    path.write_text(path.read_text().replace("P01_01,", "P" + "0" * 300 + ",", 1))
+    result = run("prepare", "--source", "epickitchens", "--root", path.parent, "--out", tmp_path / "labels")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_header_in_another_encoding_is_shown(data: Path, tmp_path: Path) -> None:
+    path = data / "epickitchens/EPIC_100_train.csv"
+    text = path.read_text()
+    for damaged, told in (
+        (text.replace(",", ";").encode(), "its first row is 'narration_id;participant_id"),
+        (text.encode("utf-16"), "its first row cannot be read as UTF-8"),
+        (b"", "it is empty"),
+    ):
+        path.write_bytes(damaged)
+        assert told in mistake(
+            "prepare", "--source", "epickitchens", "--root", path.parent, "--out", tmp_path / "l"
+        )
+
+
+def test_tables_without_sessions(tmp_path: Path) -> None:
+    with LabelWriter(tmp_path / "toy"):
+        pass
+    for arguments in ((), ("--csv",), ("--session", "x")):
+        assert (
+            mistake("inspect", tmp_path, *arguments)
+            == f"{tmp_path} holds no session; run 'dst prepare' again"
+        )
+
+
+def test_kinds_of_dialogue_that_are_written_alike_stay_apart(data: Path, tmp_path: Path) -> None:
+    said = [{"role": "assistant", "time": 2.0, "content": "Boil it."}]
+    parts = [{"user_type": kind, "conversation": said} for kind in ("说话", "..", "a b", "a-b")]
+    path = data / "wtag/dialogs/talk.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"video_uid": "T1", "conversations": parts}))
+    result = run("prepare", "--source", "wtag", "--root", data / "wtag", "--out", tmp_path / "labels")
+    assert result.exit_code == 0, result.output
+    sessions = pl.read_parquet(tmp_path / "labels/wtag/sessions.parquet")
+    endings = [session.removeprefix("wtag/T1/") for session in sessions["session_id"]]
+    assert endings == ["--_0", "--_1", "a-b_0", "a-b_1"]
+    assert sessions["user_type"].to_list() == ["说话", "..", "a b", "a-b"]
 
 
 def test_inspect_prints_tables_csv_and_a_session(labels: Path, tmp_path: Path) -> None:

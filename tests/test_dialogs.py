@@ -18,7 +18,7 @@ from pipeline.template import session_range, template_dialog
 from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.records import Rejects, Turn
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 from schemas.tables import TABLES, read_table, validate_labels
 
 COARSE = "annotations/coarse-annotations/coarse_labels"
@@ -131,8 +131,12 @@ def test_dialogs_with_steps_of_their_own(corpus: Path) -> None:
     assert [s["name"] for s in of(found["steps"], session)] == ["put it on", "turn it"]
     assert [(r["locator"], r["reason"]) for r in found["rejects"]] == [
         (f"assembly101/{NINE}/no_talk_0", "no steps"),
-        (ONE, "the dialogues bring their own steps"),
+        *((f"record 2, conversation 1, turn {n}", "no steps") for n in (2, 3, 4)),
+        *((f"row {n}", "the dialogues bring their own steps") for n in (1, 2)),
     ]
+    unused = found["rejects"][-1]
+    assert unused["source_file"] == str(corpus / COARSE / "assembly_one.txt")
+    assert unused["detail"] == f"{ONE}: attach roof"
     assert counts.notes == {}  # "nine" has no session, so nobody asks for its split
     put(corpus / "dialogs" / "talk.json", json.dumps(generated(NINE, dst=DST)))
     assert list(run(corpus)[0].notes.values()) == [1]
@@ -171,17 +175,21 @@ def test_times_that_cannot_be(corpus: Path, end: float) -> None:
     plans = {NINE: {**FIRST, "t0": 1.0, "t1": end}, ONE: {**FIRST, "t0": math.inf, "t1": None}}
     records = [{"video_uid": uid, "dst": [plan]} for uid, plan in plans.items()]
     put(corpus / "dialogs" / "dst.jsonl", lines(records))
-    reasons = [r["reason"] for r in run(corpus)[1]["rejects"]]
-    assert reasons == ["longer than a day", "the dialogues bring their own steps", "no steps"]
+    rejects = [(r["locator"], r["reason"]) for r in run(corpus)[1]["rejects"]]
+    assert rejects == [
+        (f"assembly101/{NINE}/dst_0", "later than a day"),
+        ("row 1, dst 1", "later than a day"),
+        ("row 2", "unreadable DST"),
+    ]
 
 
-def test_two_sessions_with_one_id(corpus: Path) -> None:
+def test_kinds_that_are_written_alike_are_numbered(corpus: Path) -> None:
     first, second = generated(ONE), generated(ONE)
     first["conversations"][0]["user_type"], second["conversations"][0]["user_type"] = "a b", "a.b"
     path = put(corpus.parent / "talk.json", json.dumps([first, second]))
-    with pytest.raises(UserError, match=f"two sessions have the id 'assembly101/{ONE}/a-b_0'"):
-        run(corpus, path)
-    assert list((corpus.parent / "labels").iterdir()) == []
+    sessions = [(s["session_id"], s["user_type"]) for s in run(corpus, path)[1]["sessions"]]
+    ids = [f"assembly101/{ONE}/a-b_{n}" for n in (0, 1)]
+    assert [pair for pair in sessions if pair[1]] == [(ids[0], "a b"), (ids[1], "a.b")]
 
 
 # ---- forms
@@ -207,12 +215,14 @@ def test_forms_of_conversations(tmp_path: Path) -> None:
         {"video_uid": "v", "conversation": WORDS, "dst": [{"id": "S1", "start_ts": 1}]},
         {"video_uid": "v", "conversation": []},
         {"video_uid": "v", "conversations": [{"user_type": "x"}]},
+        {"video_uid": "v", "conversations": []},
         {"video_uid": "v", "anything": 1},
         {"video_uid": ""},
     ]
     path = put(tmp_path / "dst_training.jsonl", lines(records))
     (first, second), rejects = read(path)
-    assert first.turns == (Turn(1.5, "assistant", "Hi", ("a", "b"), "none", f"{path}, row 1, turn 2"),)
+    where = SourceRow(str(path), "row 1, turn 2")
+    assert first.turns == (Turn(1.5, "assistant", "Hi", ("a", "b"), "none", where),)
     assert (first.goal, first.knowledge, first.user_type, first.quality) == ("Tea", "Boil.", "talk_more", 8.0)
     assert (first.steps, first.split, second.split) == (None, None, None)  # "training" is no split
     assert (second.quality, second.user_type, len(second.turns)) == (3.5, None, 1)
@@ -226,11 +236,43 @@ def test_forms_of_conversations(tmp_path: Path) -> None:
         ("row 2, turn 7", "unknown form"),
         ("row 3", "no turns"),
         ("row 4", "unreadable DST"),
+        *((f"row 4, turn {n}", "dialogue with unreadable DST") for n in (2, 3, 4)),
         ("row 5", "unknown form"),
         ("row 6, conversation 1", "unknown form"),
-        ("row 7", "unknown form"),
-        ("row 8", "unknown form"),
+        *((f"row {n}", "unknown form") for n in (7, 8, 9)),
     ]
+
+
+def test_a_dialogue_whose_plan_cannot_be_read_accounts_for_its_words(tmp_path: Path) -> None:
+    """Two dialogues share a plan that cannot be read; what is wrong in their words is told too."""
+    odd = [*WORDS, {"role": "robot", "time": 1.0, "content": "Beep."}]
+    talks = [{"user_type": "no_talk", "conversation": words} for words in (odd, WORDS[:2])]
+    record = {"video_uid": "v", "conversations": talks, "dst": [{**FIRST, "name": 5, "t0": 1, "t1": 2}]}
+    path, rejects = put(tmp_path / "talk.json", json.dumps(record)), Rejects()
+    assert DialogIndex(path, rejects).of("v", rejects) == []
+    spoilt = "dialogue with unreadable DST"
+    first, second = (f"record 1, conversation {n}" for n in (1, 2))
+    wrong = "DST entry 'S1' has the name 5, which is no text"
+    assert [(r.source_file, r.locator, r.reason, r.detail) for r in rejects.rows] == [
+        (str(path), f"{first}, turn 5", "unknown role", "robot"),
+        (str(path), first, "unreadable DST", wrong),
+        (str(path), f"{first}, turn 2", spoilt, "user: Hello."),
+        (str(path), f"{first}, turn 3", spoilt, "assistant: Take it."),
+        (str(path), f"{first}, turn 4", spoilt, "assistant: Look."),
+        (str(path), second, "unreadable DST", wrong),
+        (str(path), f"{second}, turn 2", spoilt, "user: Hello."),
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", "\n \r\n"), ("a.json", "[]")])
+def test_a_file_without_a_record(corpus: Path, name: str, text: str) -> None:
+    path = put(corpus / "dialogs" / name, text)
+    _, found = run(corpus)
+    assert [(r["source_file"], r["locator"], r["reason"]) for r in found["rejects"]] == [
+        (str(path), "file", "empty file")
+    ]
+    put(path, lines([{"video_uid": 5}]) if name == "a.jsonl" else '[{"video_uid": 5}]')
+    assert [r["reason"] for r in run(corpus)[1]["rejects"]] == ["unknown form"]
 
 
 def test_clips_of_one_dialogue_are_joined(tmp_path: Path) -> None:
@@ -253,7 +295,7 @@ def test_clips_of_one_dialogue_are_joined(tmp_path: Path) -> None:
         *(["talk_some_0 1"], ["talk_some_1 0"], ["talk_some_1 1"]),
     ]
     assert rejects == []
-    assert dialogs[0].turns[2].source_row == f"{tmp_path / 'a.jsonl'}, row 3, turn 1"
+    assert dialogs[0].turns[2].source_row == (str(tmp_path / "a.jsonl"), "row 3, turn 1")
 
 
 SPANS = [("put it on", [(10.0, 12.0)]), ("turn it", [(11.5, 20.25)])]
@@ -285,7 +327,7 @@ def test_every_form_of_dst_gives_the_same_spans(corpus: Path, form: str, place: 
     assert [s["source_rows"] for s in steps] == [[f"{where}, dst 1"], [f"{where}, dst 2"]]
 
 
-def updates(*given: tuple[float, str, str]) -> list[dict[str, Any]]:
+def updates(*given: tuple[float, Any, str]) -> list[dict[str, Any]]:
     return [{"role": "DST_UPDATE", "time": t, "content": [{"id": i, "transition": x}]} for t, i, x in given]
 
 
@@ -304,7 +346,7 @@ def test_a_plan_from_its_updates(tmp_path: Path) -> None:
         ("S4", "Drink, twice.", ((2.5, 13.0),)),
     ]
     starts = {s.step_id: s.source_rows for s in named.steps or ()}
-    assert starts["S1"] == (f"{path}, row 1, turn 1", f"{path}, row 1, turn 8")
+    assert starts["S1"] == ((str(path), "row 1, turn 1"), (str(path), "row 1, turn 8"))
     assert [(s.step_id, s.name) for s in bare.steps or ()] == [("S1", "S1"), ("S4", "S4"), ("S3", "S3")]
     assert rejects == []
 
@@ -321,18 +363,23 @@ def test_a_plan_from_its_updates(tmp_path: Path) -> None:
         [{"role": "DST_UPDATE", "time": 1, "content": "S1"}],
         [{"role": "DST_UPDATE", "time": 1, "content": ["S1"]}],
         [{"role": "DST_UPDATE", "time": 1, "content": [{"transition": "start"}]}],
+        *(updates((1, given, "start")) for given in (None, True, 1.5, ["S1"], "")),
     ],
 )
 def test_updates_in_an_impossible_order(tmp_path: Path, entries: list[dict[str, Any]]) -> None:
     record = {"video_uid": "v", "conversation": [*entries, *WORDS]}
     dialogs, rejects = read(put(tmp_path / "talk.json", json.dumps([record])))
-    assert (dialogs, rejects) == ([], [("record 1", "unreadable DST")])
+    words = [(f"record 1, turn {len(entries) + n}", "dialogue with unreadable DST") for n in (2, 3, 4)]
+    assert (dialogs, rejects) == ([], [("record 1", "unreadable DST"), *words])
 
 
 # ---- the template
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=6), st.text(max_size=5))
+pairs = st.tuples(st.integers(0, 50), st.integers(0, 9))
+
+
+@given(st.lists(pairs, max_size=6), st.text(max_size=5))
 def test_the_template_says_each_thing_once(spans: list[tuple[int, int]], seed_text: str) -> None:
     steps = [Step(f"S{n}", f"step {n}.", ((float(a), float(a + b)),)) for n, (a, b) in enumerate(spans)]
     turns = template_dialog("make {tea}", steps, [(3.0, 4.0)], seed_text)
@@ -346,7 +393,27 @@ def test_the_template_says_each_thing_once(spans: list[tuple[int, int]], seed_te
     first, last = min(a for a, _ in spans), max(a + b for a, b in spans)
     goal = ("goal", max(0.0, first - 1.0))
     assert said == expected + Counter([goal, ("correction", 3.0), ("closing", last)])
-    assert session_range(steps, turns) == (max(0, min(goal[1], 3.0) - 2.0), max(last, 3.0) + 2.0)
+    ends = (max(0, min(goal[1], 3.0) - 2.0), max(last, 3.0) + 2.0)
+    assert session_range(steps, turns, None) == session_range(steps, turns, ()) == ends
+
+
+@given(
+    st.lists(pairs, min_size=1, max_size=3),
+    st.lists(st.integers(-60, 60), max_size=3),
+    st.none() | st.lists(pairs, max_size=3),
+)
+def test_a_session_spans_all_that_happens_in_it(
+    spans: list[tuple[int, int]], spoken: list[int], mistakes: list[tuple[int, int]] | None
+) -> None:
+    """Steps, words and mistakes; what comes before the video begins stretches nothing."""
+    steps = [Step(f"S{n}", "step", ((a, a + b),)) for n, (a, b) in enumerate(spans)]
+    steps += [Step("open", "never ends", ((99.0, math.inf),)), Step("none", "never starts")]
+    turns = [Turn(float(t), "user", "words") for t in spoken]
+    wrong = None if mistakes is None else [(float(a), float(a + b)) for a, b in mistakes]
+    happens = {99, *(t for t in spoken if t >= 0)}
+    happens |= {t for a, b in [*spans, *(mistakes or ())] for t in (a, a + b)}
+    start, end = session_range(steps, turns, wrong)
+    assert (start, end) == (max(0, min(happens) - 2), max(happens) + 2)
 
 
 # ---- the real excerpts, where they lie beside the repository: read in place
@@ -383,9 +450,15 @@ def test_the_excerpts_of_dialogs(folder: Path, tmp_path: Path) -> None:
     sessions = {row["session_id"]: row for row in read_table(labels, "sessions").to_pylist()}
     together_id = f"assembly101/{together['video_uid']}/talk_more_0"
     assert sessions[together_id]["quality"] == together["metadata"]["quality"]
-    assert [r["locator"] for r in read_table(labels, "rejects").to_pylist() if r["reason"] == "no steps"] == [
-        f"assembly101/{apart['video_uid']}/no_talk_0"  # it brings no steps, and its recording has none here
+    unused = [r for r in read_table(labels, "rejects").to_pylist() if r["reason"] == "no steps"]
+    session = f"assembly101/{apart['video_uid']}/no_talk_0"  # it brings no steps; its recording has none here
+    said = [
+        (f"row 1, turn {n}", f"{session}: {entry['content'].strip()}")
+        for n, entry in enumerate(apart["conversation"], 1)
+        if entry["role"] in ("user", "assistant")
     ]
+    assert [(r["locator"], r["detail"]) for r in unused] == [(session, ""), *said]
+    assert {r["source_file"] for r in unused} == {str(folder / "prepared_dialog_L0_I1.jsonl")}
 
 
 @pytest.mark.parametrize("folder", PROASSIST)

@@ -91,6 +91,8 @@ def corpus(tmp_path: Path) -> Path:
         segment("soon", 8, "never"),
         segment(None, None, "some time"),
         "what",
+        segment(40, 41, "sip", "Essential"),
+        segment(40, 41, "sip", ["optional", {"a": None}]),
     ]
     group = [segment(1, 2, "stir"), segment(7, 9, "serve", segments=[segment(7, 8, "lift")])]
     train = [record("one", *tea, goal=" Make tea`"), record("grp-a", *group, goal=None), {"no": "uid"}, 5]
@@ -157,6 +159,7 @@ def test_every_segment_that_is_not_used_is_listed(corpus: Path, tmp_path: Path) 
         *((f"video one, segment {n}", "not a time") for n in (10, 11)),
         ("video one, segment 12", "no times"),
         ("video one, segment 13", "unknown form"),
+        *((f"video one, segment {n}", "is_relevant unknown") for n in (14, 15)),
         ("video two, segment 1", "no times"),
         *((f"videos {n}", "unknown form") for n in (3, 4)),
         ("videos 5, video one", "second record of a video"),
@@ -171,6 +174,8 @@ def test_every_segment_that_is_not_used_is_listed(corpus: Path, tmp_path: Path) 
         ("goalstep_video_groups.tsv", "row 7", "too few columns"),
     ]
     assert rejects(tmp_path) == sorted([*elsewhere, *(("goalstep_train.json", *row) for row in in_train)])
+    unknown = [r["detail"] for r in table(tmp_path, "rejects") if r["reason"] == "is_relevant unknown"]
+    assert unknown == ["'Essential': sip", "['optional', {'a': None}]: sip"]
 
 
 def test_substeps_are_judged_by_themselves(corpus: Path, tmp_path: Path) -> None:
@@ -182,7 +187,7 @@ def test_substeps_are_judged_by_themselves(corpus: Path, tmp_path: Path) -> None
     found = Counter(reason for _, _, reason in rejects(tmp_path))
     assert (counts.rejects, found["is_relevant unsure"]) == (found, 1)
     # the mappings of one, what is below a substep, the tops of grp-a, two, five and six
-    assert found["not the annotation of level substep"] == 12 + 1 + 2 + 1 + 1 + 1
+    assert found["not the annotation of level substep"] == 14 + 1 + 2 + 1 + 1 + 1
 
 
 def test_a_group_is_one_recording(corpus: Path, tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_a_group_is_one_recording(corpus: Path, tmp_path: Path) -> None:
     annotations = corpus / "v2" / "annotations"
     content = {"videos": [record("b", segment(1, 2, "stir"))]}
     talk = {"conversation": [{"role": "user", "time": 1.0, "content": "Hi"}], "dst": "step\tA\t1\t2\tput"}
-    spoken = ("c", "seven", "eight", "../c", "grp-a", "grp-one")
+    spoken = ("c", "seven", "eight", "../c", "grp-a", "grp-one", "d" * 400)
     lines = "".join(json.dumps({"video_uid": uid, **talk}) + "\n" for uid in spoken)
     put(corpus, "dialogs/dst_val.jsonl", lines)
     for name in ("c", "seven", "one", "../c"):
@@ -204,13 +209,19 @@ def test_a_group_is_one_recording(corpus: Path, tmp_path: Path) -> None:
     in_train = dict.fromkeys(("one", "grp-one", "grp-a", "b", "c"), "train")  # where the annotations have it
     assert splits == {**in_train, "five": "val", "seven": "val"}
     unknown = [locator for _, locator, reason in rejects(tmp_path) if reason == "unknown video_uid"]
-    assert unknown == ["row 3", "row 4"]
+    assert unknown == ["row 3", "row 4", "row 7"]
     put(annotations, "goalstep_test.json", content)
     with pytest.raises(UserError, match=r"'b' is in 'test' by .*_test\.json and in 'train' by .*_more\.json"):
         prepare("ego4d", corpus, tmp_path, Clock())
+    inside = segment(1, 2, "stir", segments=[segment(1, 2, "lift")])
     put(annotations, "goalstep_train_more.json", {"videos": []})
-    with pytest.raises(UserError, match="recording 'grp-a' is in 'test' and in 'train'"):
-        prepare("ego4d", corpus, tmp_path, Clock())
+    put(annotations, "goalstep_test.json", {"videos": [record("b", inside, "what"), record("c")]})
+    prepare("ego4d", corpus, tmp_path, Clock())
+    of_group = {row["video_id"][6:] for row in table(tmp_path, "videos") if row["recording_id"] == "grp-a"}
+    assert of_group == {"grp-a"}  # whose split counts, although its file is read after that of its members
+    crossing = [row[:2] for row in rejects(tmp_path) if row[2] == "its recording is in another split"]
+    where = ("video b, segment 1", "video b, segment 1, segment 1", "video b, segment 2", "video c")
+    assert crossing == [("goalstep_test.json", locator) for locator in where]
 
 
 @pytest.mark.parametrize(
@@ -218,8 +229,8 @@ def test_a_group_is_one_recording(corpus: Path, tmp_path: Path) -> None:
     [
         ("goalstep_val.json", '{"videos": [', r"goalstep_val\.json is not whole JSON.*fetch it again"),
         ("goalstep_val.json", {"videos": {}}, r"goalstep_val\.json has no list 'videos'; fetch it again"),
-        ("goalstep_video_groups.tsv", "a\tb\n", r"groups\.tsv has no column 'video_group' in its first row"),
-        ("goalstep_video_groups.tsv", "", r"groups\.tsv has no column 'video_group' in its first row"),
+        ("goalstep_video_groups.tsv", "a\tb\n", r"groups\.tsv has no column 'video_group'"),
+        ("goalstep_video_groups.tsv", "", r"groups\.tsv has no column 'video_group'"),
     ],
 )
 def test_unreadable_files(corpus: Path, tmp_path: Path, name: str, content: Any, sentence: str) -> None:

@@ -18,8 +18,10 @@ from pipeline.prepare import prepare
 from pipeline.sample import egoexolearn as sample
 from pipeline.sample.render import Clip, write_videos
 from pipeline.sample.world import make_recordings, part_name
+from pipeline.sources import egoexolearn
 from schemas.clock import Clock
 from schemas.errors import UserError
+from schemas.records import Rejects
 from schemas.tables import validate_labels
 
 FINE, COARSE = "annotations/fine_annotation_trainval_en.csv", "annotations/coarse_annotations/l1"
@@ -207,7 +209,7 @@ def test_substeps_are_the_fine_rows(corpus: Path, tmp_path: Path) -> None:
         (
             FINE,
             HEADER.replace("subset", "split"),
-            r"trainval_en\.csv has no column 'subset' in its first row",
+            r"trainval_en\.csv has no column 'subset'.*fetch",
         ),
         (
             "annotations/fine_annotation_more.csv",
@@ -232,6 +234,12 @@ def test_nothing_but_demonstrations(tmp_path: Path) -> None:
     put(tmp_path / "exo", FINE, f"{HEADER}\nee,x1,train,exo,lab,1.0,2.0,A person stirs.,{{}},Stir.\n")
     with pytest.raises(UserError, match=r"gave no session.*exo view \(1\)"):
         prepare("egoexolearn", tmp_path / "exo", tmp_path / "labels", Clock())
+
+
+def test_a_video_that_only_dialogues_know(corpus: Path) -> None:
+    put(corpus, "EgoExoLearn/videos/gg.mp4", "no video")
+    units = egoexolearn.units(corpus, "step", None, ("gg", "hh", "g" * 400, "../gg"), Rejects())
+    assert [unit.uid for unit in units] == ["aa", "bb", "cc", "dd", "ff", "gg"]
 
 
 # ---- the synthetic corpus; only a video that a test looks at is encoded

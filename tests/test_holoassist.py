@@ -99,7 +99,7 @@ def read(root: Path, rejects: Rejects | None = None, level: str = "step", *spoke
 
 
 def plan(stretch: Annotated) -> list[tuple[str, str, tuple[tuple[float, float], ...], str]]:
-    return [(s.step_id, s.name, s.spans, s.source_rows[0].rpartition(", ")[2]) for s in stretch.steps]
+    return [(s.step_id, s.name, s.spans, s.source_rows[0].locator) for s in stretch.steps]
 
 
 def listed(rejects: Rejects, name: str = "any name.json") -> list[str]:
@@ -116,12 +116,13 @@ def test_a_record_worked_by_hand(corpus: Path) -> None:
         ("S4", "At once.", ((50.0, 50.0),), "event 9"),
     ]
     file = corpus / "labels" / "any name.json"
-    assert first.steps[0].source_rows == (f"{file}, event 3",)
+    assert first.steps[0].source_rows == ((str(file), "event 3"),)
     assert first.mistakes == ((7.0, 9.5), (12.0, 12.25))
+    assert first.mistake_rows == ((str(file), "event 10"), (str(file), "event 12"))
     assert [(t.t_s, t.role, t.text, t.labels, t.source_row) for t in first.turns] == [
-        (2.25, "user", "Now?", ("initiative", "ask questions"), f"{file}, event 21"),
-        (2.25, "assistant", "None of that.", ("responsive", "other"), f"{file}, event 22"),
-        (9.0, "assistant", "Open *unintelligible* it.", ("initiative", "follow-up"), f"{file}, event 20"),
+        (2.25, "user", "Now?", ("initiative", "ask questions"), (str(file), "event 21")),
+        (2.25, "assistant", "None of that.", ("responsive", "other"), (str(file), "event 22")),
+        (9.0, "assistant", "Open *unintelligible* it.", ("initiative", "follow-up"), (str(file), "event 20")),
     ]
     assert (first.goal, first.split, first.source_file) == ("set up gopro", None, str(file))
     video = first.video
@@ -168,7 +169,7 @@ def test_one_list_says_the_same_as_one_file_a_video(corpus: Path, tmp_path: Path
     for uid, stretch in found.items():
         assert [row[:3] for row in plan(stretch)] == [row[:3] for row in plan(apart[uid])]
         assert (stretch.goal, stretch.mistakes) == (apart[uid].goal, apart[uid].mistakes)
-        assert stretch.steps[0].source_rows[0].startswith(f"{whole / name}, {uid}, event ")
+        assert str(stretch.steps[0].source_rows[0]).startswith(f"{whole / name}, {uid}, event ")
     assert Counter(r.reason for r in rejects.rows) == Counter(r.reason for r in others.rows)
     assert "R1-7July-Go_Pro, event 178: narration" in listed(rejects, name)
 
@@ -178,6 +179,30 @@ def test_a_second_record_of_one_video(corpus: Path) -> None:
     rejects = Rejects()
     assert read(corpus, rejects)["R1-7July-Go_Pro"].goal == "the copy"  # by the order of the files
     assert listed(rejects) == ["record 1: second record of one video"]
+
+
+def test_files_and_a_list_at_once(corpus: Path) -> None:
+    name = "data-annotation-trainval-v1_1.json"
+    fourth = record({"seconds": 50}, [EVENTS[1]], video_name="z4-fourth")
+    put(corpus, name, [{**FIRST, "taskType": "the list"}, fourth, SECOND])
+    rejects = Rejects()
+    found = read(corpus, rejects)
+    assert list(found) == ["R1-7July-Go_Pro", TRAY, "z3-third", "z4-fourth"]
+    assert found["R1-7July-Go_Pro"].goal == "set up gopro"
+    assert found["z4-fourth"].steps[0].source_rows == ((str(corpus / name), "z4-fourth, event 4"),)
+    assert listed(rejects, name) == [f"record {n}: second record of one video" for n in (1, 3)]
+
+
+@pytest.mark.parametrize("name", ["labels/none.json", "data-annotation-trainval-v1_1.json"])
+@pytest.mark.parametrize("content", ["[]", "\ufeff [\n]\n"])
+def test_a_file_without_records(corpus: Path, tmp_path: Path, name: str, content: str) -> None:
+    put(corpus, name, content)
+    rejects = Rejects()
+    assert len(read(corpus, rejects)) == 3
+    assert listed(rejects, Path(name).name) == ["file: empty file"]
+    put(tmp_path / "alone", name, content)
+    with pytest.raises(UserError, match=r"gave no session.*empty file \(1\)"):
+        prepare("holoassist", tmp_path / "alone", tmp_path / "out", Clock())
 
 
 @pytest.mark.parametrize("folder", [".", "splits"])
@@ -203,7 +228,7 @@ def test_a_video_that_only_dialogues_are_about(corpus: Path) -> None:
     assert "R9-new-toy_car" not in read(corpus, None, "step", "R9-new-toy_car")
     put(corpus, "video_pitch_shifted/R9-new-toy_car/Export_py/Video_pitchshift.mp4", "no video")
     rejects = Rejects()
-    new = read(corpus, rejects, "step", "R9-new-toy_car", "z3-third")["R9-new-toy_car"]
+    new = read(corpus, rejects, "step", "R9-new-toy_car", "z3-third", "R9" * 200)["R9-new-toy_car"]
     assert (new.goal, new.steps, new.turns, new.mistakes) == ("toy car", (), None, None)
     assert new.video.uri.endswith("video_pitch_shifted/R9-new-toy_car/Export_py/Video_pitchshift.mp4")
     assert listed(rejects, "Video_pitchshift.mp4") == ["header: video cannot be opened"]

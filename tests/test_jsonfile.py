@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import jsonfile
-from pipeline.jsonfile import json_records
+from pipeline.jsonfile import json_records, parse
 from schemas.errors import UserError
 from schemas.records import Rejects
 
@@ -121,6 +121,21 @@ def test_what_python_cannot_hold_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"a\.json .*take it away"):
         list(json_records(tmp_path / "a.json", Rejects()))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a": ' * 200_000, "[" * 20_000 + '"\\ud800"' + "]" * 20_000]
+)
+def test_lists_without_end_spoil_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"^lists in lists without end$"):
+        parse(text, Rejects())
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": 1}}\n{text}\n{{"a": 2}}\n')
+    rejects = Rejects()
+    assert [value for _, value in json_records(path, rejects)] == [{"a": 1}, {"a": 2}]
+    assert [(r.locator, r.reason, r.detail) for r in rejects.rows] == [
+        ("row 2", "not JSON", "lists in lists without end")
+    ]
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))

@@ -194,6 +194,88 @@ def test_substeps_come_from_the_fine_rows(corpus: Path) -> None:
     ]
 
 
+def test_rows_that_say_the_same_count_once(corpus: Path) -> None:
+    put(
+        corpus,
+        f"{COARSE}/assembly_four.txt",
+        "30\t60\tattach\n60\t90\tlook\n030\t60\t attach\n30\t61\tattach\n",
+    )
+    for level, expected in (
+        ("step", ("assembly_four.txt", "rows 3", "recording four, 1 rows")),
+        ("substep", ("validation.csv", "rows 4", "recording two, 1 rows")),
+    ):
+        rejects = Rejects()
+        sessions = read_all(corpus, rejects, level)
+        same = [r for r in rejects.rows if r.reason == "the same as an earlier one"]
+        assert [(Path(r.source_file).name, r.locator, r.detail) for r in same] == [expected]
+        if level == "step":
+            assert plan(sessions[f"assembly_four__{HEAD_CAMERA}"])["attach"] == [(1.0, 2.0), (1.0, 61 / 30)]
+
+
+@pytest.mark.parametrize("text", [b"", b"\xef\xbb\xbf", b"\r\n \n"])
+def test_empty_labels_are_named(corpus: Path, text: bytes) -> None:
+    """So is a recording that gives nothing, by the list that names it, or by the corpus."""
+    names = ("disassembly_one", "assembly_six", "assembly_seven")
+    empty = [str(put(corpus, f"{COARSE}/{name}.txt", text)) for name in names]
+    listed = put(corpus, f"{SPLITS}/test_coarse_assembly.txt", "assembly_six.txt\tshared\tc01\tsuv\n")
+    rejects = Rejects()
+    sessions = {name.partition("__")[0] for name in read_all(corpus, rejects)}
+    assert sessions == {"assembly_four", "assembly_one", "assembly_three", "assembly_two"}
+    found = [(r.source_file, r.locator, r.reason) for r in rejects.rows]
+    assert sorted(row[:2] for row in found if row[2] == "empty file") == sorted((p, "file") for p in empty)
+    assert [row for row in found if row[2] == "no steps"] == [
+        (str(corpus), "recording seven", "no steps"),
+        (str(listed), "recording six", "no steps"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistakes", "reasons"),
+    [
+        ("", None, ["empty file"]),
+        ("\r\n\r\n", None, ["empty file"]),
+        ("30,60,attach,roof,body,maybe,\nx,2,attach,roof,body,mistake,\n1", None, "row rejects"),
+        ("30,60,attach,roof,body,correction,\n", (), ["correction row"]),
+        ("30,60,attach,roof,body,correct,\n", (), ["not the annotation of level step"]),
+        ("300,330,attach,,,mistake,\n30,60,detach,,,mistake,", ((1.0, 2.0), (10.0, 11.0)), []),
+    ],
+)
+def test_a_file_of_which_nothing_is_understood_has_judged_nothing(
+    corpus: Path, text: str, mistakes: tuple[tuple[float, float], ...] | None, reasons: list[str] | str
+) -> None:
+    if reasons == "row rejects":
+        reasons = ["unknown label", "not a time", "too few columns"]
+    path = put(corpus, f"{MISTAKES}/one.csv", text)
+    rejects = Rejects()
+    session = read_all(corpus, rejects)[f"assembly_one__{HEAD_CAMERA}"]
+    assert session.mistakes == mistakes
+    assert [r.reason for r in rejects.rows if r.source_file == str(path)] == reasons
+    rows = {(1.0, 2.0): "row 2", (10.0, 11.0): "row 1"}
+    assert session.mistake_rows == tuple((str(path), rows[span]) for span in mistakes or ())
+
+
+def test_a_corpus_of_empty_files_says_so(tmp_path: Path) -> None:
+    put(tmp_path, f"{MISTAKES}/one.csv", "")
+    with pytest.raises(UserError, match=r"gave no session.*empty file \(1\), no steps \(1\)"):
+        prepare("assembly101", tmp_path, tmp_path / "out", Clock())
+
+
+def test_dialogues_choose_their_view(corpus: Path, tmp_path: Path) -> None:
+    """What was chosen holds for the others; how many it does not hold for is noted."""
+    words = [{"role": "assistant", "time": 12.0, "content": "Good."}]
+    uids = ["assembly_one__C10115_rgb", "assembly_one__C10404_rgb"]
+    talks = [{"video_uid": uid, "conversation": words} for uid in uids]
+    put(corpus, "dialogs/talk.json", json.dumps([*talks, talks[0]]))
+    note = "sessions seen by the camera their dialogue names, not the one chosen"
+    for view, others in ((None, 0), ("C10404_rgb", 1), ("C10095_rgb", 2)):
+        counts = prepare("assembly101", corpus, tmp_path / "labels", Clock(), view=view)
+        assert counts.notes.get(note, 0) == others
+        sessions = rows_of(tmp_path / "labels" / "assembly101", "sessions")
+        seen = {row["session_id"].split("/")[1] for row in sessions}
+        names = ("assembly_two", "assembly_three", "assembly_four", "disassembly_one")
+        assert seen == {*uids, *(f"{name}__{view or HEAD_CAMERA}" for name in names)}
+
+
 def test_one_view_a_recording(corpus: Path) -> None:
     assert [view.name for view in load_manifest("assembly101").views][:5] == [
         *(HEAD_CAMERA, "HMC_21179183_mono10bit", "HMC_84355350_mono10bit", "HMC_84358933_mono10bit"),
@@ -250,14 +332,27 @@ def test_events_after_the_end_of_the_video_are_rejects(corpus: Path, tmp_path: P
     assert validate_labels(labels) == []
     video = next(row for row in rows_of(labels, "videos") if row["recording_id"] == "one")
     assert (video["duration_s"], video["last_tick_needed"]) == (31.0, 61)
-    rejects = [(r["locator"].removeprefix("assembly101/"), r["reason"]) for r in rows_of(labels, "rejects")]
-    late = "assembly_one__C10095_rgb"
-    assert [pair for pair in rejects if "step" in pair[0]] == [
-        (f"{late} step S1 end", "outside the video"),
-        (f"{late} step S3 start", "outside the video"),
-        (f"{late} step S3 end", "outside the video"),
+    rejects = [
+        (Path(r["source_file"]).name, r["locator"], r["reason"], r["detail"])
+        for r in rows_of(labels, "rejects")
     ]
-    assert ("disassembly_one__C10095_rgb", "no ticks") in rejects
+    late = "assembly_one__C10095_rgb"
+    event = f"assembly101/{late} step"
+    assert [row for row in rejects if row[2] == "outside the video"] == [
+        (
+            "assembly_one.txt",
+            "row 5",
+            "outside the video",
+            f"{event} S1 end: 30.000 to 40.000 s, attach wheel",
+        ),
+        (
+            "assembly_one.txt",
+            "row 8",
+            "outside the video",
+            f"{event} S3 start: 50.000 to 50.000 s, inspect toy",
+        ),
+    ]
+    assert ("assembly101/disassembly_one__C10095_rgb", "no ticks") in [row[1:3] for row in rejects]
     frames = pl.read_parquet(labels / "frames.parquet").filter(pl.col("session_id").str.ends_with(late))
     assert frames["dst_state"].to_list()[-1] == [1, 2, 0]
     assert frames.filter("mistake")["tick"].to_list() == list(range(40, 50))

@@ -149,6 +149,18 @@ FORMS: dict[str, tuple[Any, list[Step]]] = {
             Step("S2", "look", ((1.0, math.inf),), "substep"),
         ],
     ),
+    "tsv with the line ends of three systems": (
+        "STEP\tS1\t0\t4.5\tcut\rstep\tS2\t1\t2\tlook\r\n\r\nstep\tS3\t2\t\t" + "x" * 200_000 + "\n\r",
+        [
+            Step("S1", "cut", ((0.0, 4.5),)),
+            Step("S2", "look", ((1.0, 2.0),)),
+            Step("S3", "x" * 200_000, ((2.0, math.inf),)),
+        ],
+    ),
+    "ids that are numbers": (
+        [{"id": 1, "start_ts": 0, "end_ts": 1, "name": " cut "}, {"id": 0, "start_ts": 2, "end_ts": 3}],
+        [Step("1", "cut", ((0.0, 1.0),)), Step("0", "0", ((2.0, 3.0),))],
+    ),
     "confidence": (
         {"steps": [{"id": "S1", "name": "cut", "t0": 0.25, "t1": 0.75, "conf": 0.9}]},
         [Step("S1", "cut", ((0.25, 0.75),))],
@@ -170,6 +182,20 @@ def test_every_form_of_dst_is_read(form: str) -> None:
     ]
 
 
+def nested(depth: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for _ in range(depth):
+        entries = [{"start_ts": 1, "end_ts": 2, "substeps": entries}]
+    return entries
+
+
+def test_substeps_in_substeps() -> None:
+    steps = parse_dst(nested(40))
+    assert [len(step.step_id.split(".")) for step in steps] == list(range(1, 41))
+    with pytest.raises(ValueError, match="entries in entries without end"):
+        parse_dst(nested(5_000))
+
+
 @pytest.mark.parametrize(
     ("dst", "named"),
     [
@@ -181,6 +207,20 @@ def test_every_form_of_dst_is_read(form: str) -> None:
         ([{"id": "S1", "start_ts": 3, "end_ts": 2}], "S1.*before"),
         ([{"id": "S1", "start_ts": -3, "end_ts": 2}], "S1"),
         ([{"id": "S1", "start_ts": math.nan, "end_ts": 2}], "S1"),
+        ([{"id": "S1", "start_ts": math.inf, "end_ts": None}], "S1"),
+        ([{"id": "S1", "start_ts": True, "end_ts": 2}], "S1.*True, which is not a number"),
+        ([{"id": "S1", "start_ts": 0, "end_ts": False}], "S1.*False, which is not a number"),
+        ({"wash": {"timestamps": [True, 2]}}, "S1.*True"),
+        *(
+            ([{"id": "S1", "start_ts": 1, "end_ts": 2, "name": name}], "S1.*name")
+            for name in (None, "", " ", 5, ["cut"], {"en": "cut"}, False)
+        ),
+        ({" ": {"timestamps": [1, 2]}}, "S1.*name"),
+        ("step\tS1\t1\t2\t ", "S1.*name"),
+        *(
+            ([{"id": "S1", "t0": 0, "t1": 1}, {"id": given, "t0": 1, "t1": 2}], "entry 1 has the id")
+            for given in (None, True, 1.5, ["S1"], {})
+        ),
         ([{"id": "S1", "start_ts": 1, "end_ts": 2, "substeps": 5}], "S1"),
         ([{"id": "S1", "start_ts": 1, "end_ts": 2, "substeps": "S2"}], "S1"),
         (["S1"], "entry 0"),
@@ -190,6 +230,7 @@ def test_every_form_of_dst_is_read(form: str) -> None:
         ({"wash": {"timestamps": ["x"]}}, "S1.*'x'"),
         ({"wash": 5}, "wash"),
         ("step\tS1\t1\t2", "line 1"),
+        ("step\tS1\t1\t2\tcut\r\n\r\nstep\tS2\t1\t2\n", "line 3"),
         ("step\tS1\t1\tlate\tcut", "S1.*late"),
         (5, "int"),
     ],

@@ -42,6 +42,48 @@ def test_an_error_in_a_worker_is_that_error(workers: int) -> None:
         next(results)
 
 
+def one_that_is_killed(_: str, item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_killed_worker_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="a process was killed from outside"):
+        list(in_order(one_that_is_killed, "", range(20), 2))
+
+
+def test_interrupted_it_says_little(corpus: Path, tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of a terminal at once, here at several moments of a run."""
+    command = [
+        sys.executable,
+        "-c",
+        "import cli; cli.app()",
+        "prepare",
+        "--root",
+        str(corpus),
+        "--workers",
+        "2",
+    ]
+    for delay in (0.0, 0.2, 0.4):
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path), "--tick-hz", "1000"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while len(psutil.Process(process.pid).children()) < 3:  # two workers, and who tidies up after them
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode != 0
+        assert "Traceback" not in errors
+        assert len(errors.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_workers_end_with_the_process_that_started_them() -> None:
     code = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.prepare import Counts, prepare
+from pipeline.sample.render import Clip, write_videos
 from pipeline.sample.wtag import write_sample
 from pipeline.sources import wtag
 from schemas.clock import Clock
@@ -20,6 +22,7 @@ TIMING = "Video/VideoMpegTiming.txt"
 STEPS = "StepDetection/StepDetection.txt"
 INSTRUCTOR = "TextASR/InstructorAnnotations_intent.txt"
 USER = "TextASR/UserAnnotations_intent.txt"
+DEPENDS = "recordings whose split depends on which others are there: the whole of wtag has 56"
 FIRST = 637_512_345_678_901_234  # ticks since the year 1, which no float holds exactly
 
 
@@ -34,9 +37,10 @@ def row(start_s: float, end_s: float, *cells: str) -> str:
 
 
 def put_recording(folder: Path, seconds: int = 60) -> None:
-    """One step and one word."""
+    """One step, a question, an answer."""
     put(folder, TIMING, f"{FIRST}\n{FIRST + seconds * 10_000_000}\n")
     put(folder, STEPS, row(10, 20, "Boil water.") + "\n")
+    put(folder, USER, row(8, 8.5, "Now?", "Question") + "\n")
     put(folder, INSTRUCTOR, row(9, 11, "Boil it.", "Instruction") + "\n")
 
 
@@ -56,6 +60,7 @@ def corpus(tmp_path: Path) -> Path:
         row(1, 2),
         row(1, 2, " "),
         row(50, 60, "DONE", ""),
+        row(31, 32, "Stir", "", "again"),
     ]
     odd = root / "T5_pinwheels"
     put(odd, TIMING, f"\ufeff{FIRST}\r\n{FIRST + 600_000_000}\r\n\r\n")
@@ -79,6 +84,11 @@ def tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
     assert validate_labels(folder) == []
     names = ("videos", "sessions", "steps", "turns", "rejects")
     return {name: read_table(folder, name).to_pylist() for name in names}
+
+
+def where(found: dict[str, list[dict[str, Any]]], root: Path) -> list[tuple[str, str, str]]:
+    rows = [(Path(r["source_file"]), r["locator"], r["reason"]) for r in found["rejects"]]
+    return sorted((path.relative_to(root).as_posix(), *rest) for path, *rest in rows)
 
 
 def test_recordings_worked_by_hand(corpus: Path, tmp_path: Path) -> None:
@@ -112,26 +122,26 @@ def test_recordings_worked_by_hand(corpus: Path, tmp_path: Path) -> None:
     assert [t["tick"] for t in turns] == [1, 8, 19, 19, 26]  # those on a tick are not one late
     assert counts.sessions == {"train": 2}
     assert counts.missing_videos == 2
+    assert counts.notes == {DEPENDS: 3}  # T6 takes its place among the first 40 too
 
 
 def test_every_row_that_is_not_used_is_listed(corpus: Path, tmp_path: Path) -> None:
     prepare("wtag", corpus, tmp_path / "out", Clock(2.0))
-    rejects = tables(tmp_path / "out" / "wtag")["rejects"]
-    listed = sorted(
-        (str(Path(r["source_file"]).relative_to(corpus)), r["locator"], r["reason"]) for r in rejects
-    )
-    odd = f"T5_pinwheels/{STEPS}"
-    assert listed == [
-        ("T55a", "recording T55a", "left out by the corpus' authors"),
+    odd, left_out = f"T5_pinwheels/{STEPS}", "left out by the corpus' authors"
+    assert where(tables(tmp_path / "out" / "wtag"), corpus) == [
+        *((f"T55a/{name}", "rows 1-1", left_out) for name in (STEPS, INSTRUCTOR, USER)),
+        (f"T55a/{TIMING}", "rows 1-2", left_out),
         (f"T5_pinwheels/{STEPS}", "row 1", "start or end marker"),
         (odd, "row 10", "empty text"),
         (odd, "row 11", "start or end marker"),
-        (odd, "row 12", "unreadable row"),
+        (odd, "row 12", "too many columns"),
+        (odd, "row 13", "unreadable row"),
         (odd, "row 6", "ends before it starts"),
         (odd, "row 7", "not a time"),
         (odd, "row 8", "not a time"),
         (odd, "row 9", "too few columns"),
         (f"T5_pinwheels/{INSTRUCTOR}", "row 3", "empty text"),
+        *((f"T6/{name}", "rows 1-1", "no timing") for name in (STEPS, INSTRUCTOR, USER)),
         (f"T6/{TIMING}", "recording T6", "no timing"),
     ]
 
@@ -139,17 +149,23 @@ def test_every_row_that_is_not_used_is_listed(corpus: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "timing", [None, "", f"{FIRST}\nsoon\n", f"{FIRST}\n{FIRST}\n", f"{FIRST}\n1\n2\n", b"\xff\n"]
 )
-def test_a_recording_without_timing_is_one_reject(tmp_path: Path, timing: str | bytes | None) -> None:
+def test_without_timing_no_row_of_a_recording_is_used(tmp_path: Path, timing: str | bytes | None) -> None:
     root = tmp_path / "wtag"
     put_recording(root / "T1")
     put_recording(root / "T2")
+    put(root / "T2", USER, "\r".join(["a", "", row(1, 2, "Ready?"), "b\r\nc"]))
+    put(root / "T2", INSTRUCTOR, "")
     (root / "T2" / TIMING).unlink()
     if timing is not None:
         put(root / "T2", TIMING, timing)
     prepare("wtag", root, tmp_path / "out", Clock(2.0))
     found = tables(tmp_path / "out" / "wtag")
     assert [s["session_id"] for s in found["sessions"]] == ["wtag/T1"]
-    assert [(r["locator"], r["reason"]) for r in found["rejects"]] == [("recording T2", "no timing")]
+    assert where(found, root / "T2") == [
+        (STEPS, "rows 1-1", "no timing"),
+        (USER, "rows 1-5", "no timing"),
+        (TIMING, "recording T2", "no timing"),
+    ]
 
 
 def test_the_first_40_names_are_train(tmp_path: Path) -> None:
@@ -162,22 +178,76 @@ def test_the_first_40_names_are_train(tmp_path: Path) -> None:
     val = {s["session_id"] for s in found["sessions"] if s["split"] == "val"}
     assert val == {"wtag/T7", "wtag/T8", "wtag/T9"}  # "T43" is before "T5", "T9" is last
     assert counts.sessions == {"train": 40, "val": 3}
-    assert counts.rejects == {"left out by the corpus' authors": 2}
+    assert counts.rejects == {"left out by the corpus' authors": 8}  # four files each
+    assert counts.notes == {DEPENDS: 43}
+    for number in range(44, 57):
+        put_recording(root / f"T{number}")
+    counts = prepare("wtag", root, tmp_path / "out", Clock(2.0))
+    assert (counts.sessions, counts.notes) == ({"train": 40, "val": 16}, {})
 
 
 def test_what_is_said_and_what_is_done_may_be_absent(tmp_path: Path) -> None:
+    """Of two files of words, one that gives none is told; the user's alone are no dialogue of an assistant."""
     root = tmp_path / "wtag"
-    for name in ("T1", "T2", "T3"):
+    asked = row(12, 13, "Ready?", "Question")
+    words: dict[str, tuple[str | None, str | None]] = {  # of the instructor, of the user
+        "T1": (None, None),
+        "T2": ("", f"{asked}\n{asked}\n"),
+        "T3": (None, asked),
+        "T4": (row(9, 11, "Boil it."), "\n"),
+        "T5": (row(9, 11, ""), asked),
+        "T6": (row(9, 11, "Boil it."), asked),
+        "T7": ("", ""),
+    }
+    for name, contents in words.items():
         put_recording(root / name)
-    (root / "T1" / INSTRUCTOR).unlink()  # nobody's words: the template's
-    put(root / "T2", INSTRUCTOR, "")  # nothing was said
-    (root / "T3" / STEPS).unlink()
+        for file, text in zip((INSTRUCTOR, USER), contents, strict=True):
+            if text is None:
+                (root / name / file).unlink()
+            else:
+                put(root / name, file, text)
+    (root / "T6" / STEPS).unlink()
     prepare("wtag", root, tmp_path / "out", Clock(2.0))
     found = tables(tmp_path / "out" / "wtag")
-    origins = [(s["session_id"], s["dialog_origin"]) for s in found["sessions"]]
-    assert origins == [("wtag/T1", "template"), ("wtag/T2", "human")]
-    assert {t["session_id"] for t in found["turns"]} == {"wtag/T1"}
-    assert [(r["locator"], r["reason"]) for r in found["rejects"]] == [("wtag/T3", "no steps")]
+    origins = {s["session_id"][5:]: s["dialog_origin"] for s in found["sessions"]}
+    assert origins == {**dict.fromkeys(("T1", "T2", "T3", "T5", "T7"), "template"), "T4": "human"}
+    assert [t["text"] for t in found["turns"] if t["session_id"] == "wtag/T4"] == ["Boil it."]
+    assert where(found, root) == sorted(
+        [
+            (f"T2/{INSTRUCTOR}", "recording T2", "empty file"),
+            *((f"T2/{USER}", f"row {n}", "no words of the instructor") for n in (1, 2)),
+            (f"T3/{INSTRUCTOR}", "recording T3", "no such file"),
+            (f"T3/{USER}", "row 1", "no words of the instructor"),
+            (f"T4/{USER}", "recording T4", "empty file"),
+            (f"T5/{INSTRUCTOR}", "row 1", "empty text"),
+            (f"T5/{INSTRUCTOR}", "recording T5", "empty file"),
+            (f"T5/{USER}", "row 1", "no words of the instructor"),
+            (f"T6/{STEPS}", "wtag/T6", "no steps"),
+            *((f"T6/{file}", "row 1", "no steps") for file in (INSTRUCTOR, USER)),
+            *((f"T7/{file}", "recording T7", "empty file") for file in (INSTRUCTOR, USER)),
+        ]
+    )
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r", "\r\n"])
+def test_lines_end_as_they_like(tmp_path: Path, ends: str) -> None:
+    root = tmp_path / "wtag"
+    put_recording(root / "T1")
+    steps = [row(10, 20, "Boil."), row(5, 6, "DONE"), "", row(20, 30, "Po\u2028ur."), row(3, 4, "Wash.")]
+    put(root / "T1", STEPS, ends.join(steps))
+    put(root / "T1", TIMING, ends.join([str(FIRST), str(FIRST + 600_000_000), ""]))
+    put(root / "T1", INSTRUCTOR, ends.join([row(9, 11, "Boil it."), row(19, 20, "Pour.", "Instruction"), ""]))
+    prepare("wtag", root, tmp_path / "out", Clock(2.0))
+    found = tables(tmp_path / "out" / "wtag")
+    rows = [(s["name"], s["source_rows"]) for s in found["steps"]]
+    lines = {"Wash.": 5, "Boil.": 1, "Po\u2028ur.": 4}
+    assert rows == [(name, [f"{root / 'T1' / STEPS}, row {n}"]) for name, n in lines.items()]
+    assert [(t["t_s"], t["text"], t["labels"]) for t in found["turns"]] == [
+        (8.0, "Now?", ["Question"]),
+        (9.0, "Boil it.", []),
+        (19.0, "Pour.", ["Instruction"]),
+    ]
+    assert where(found, root) == [(f"T1/{STEPS}", "row 2", "start or end marker")]
 
 
 def test_dialogues_about_videos_without_annotations(tmp_path: Path) -> None:
@@ -222,9 +292,8 @@ def test_generated_dialogues_take_the_place_of_the_real_one(tmp_path: Path) -> N
     found = tables(tmp_path / "out" / "wtag")
     assert [t["text"] for t in found["turns"]] == ["Go on."]
     assert [s["name"] for s in found["steps"]] == ["Boil water."]
-    [reject] = found["rejects"]
-    assert (reject["locator"], reject["reason"]) == ("T1", "the dialogues bring their own words")
-    assert reject["detail"].startswith("1 turns")
+    reason = "the dialogues bring their own words"
+    assert where(found, root) == [(f"T1/{name}", "row 1", reason) for name in (INSTRUCTOR, USER)]
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
@@ -233,6 +302,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"VideoMpegTiming\.txt.*StepDetection\.txt.*ask at https"):
         prepare("wtag", root, tmp_path / "out", Clock(2.0))
     put_recording(root / "T1")
+    (root / "T1" / USER).unlink()
     (root / "T1" / USER).mkdir()
     with pytest.raises(UserError, match=r"UserAnnotations_intent\.txt cannot be read"):
         prepare("wtag", root, tmp_path / "out", Clock(2.0))
@@ -242,11 +312,30 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 # ---- the synthetic corpus
 
 
+def write(out: Path, seed: int, encoded: int = 0) -> tuple[list[Clip], list[int]]:
+    """A corpus of 45 sessions with so many of its videos; returned are all that it asks for, and what it announces."""
+    asked: list[Clip] = []
+    plans: list[int] = []
+
+    def some(clips: Sequence[Clip], on_video: Callable[[], None]) -> None:
+        asked.extend(clips)
+        write_videos(clips[:encoded], on_video)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sample.wtag.write_videos", some)
+        write_sample(out, sessions=45, seed=seed, on_plan=plans.append)
+    return asked, plans
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Counts]:
-    """A corpus of 42 sessions, its label tables, what they hold."""
+    """A corpus with one of its videos, its label tables, what they hold."""
     folder = tmp_path_factory.mktemp("wtag")
-    write_sample(folder / "data", sessions=42, seed=5)
+    clips, plans = write(folder / "data", 5, encoded=1)
+    assert [clip.path for clip in clips] == [
+        folder / "data" / f"T{n}" / "Video" / "Video.mpeg" for n in range(1, 46)
+    ]
+    assert plans == [45]
     counts = prepare("wtag", folder / "data", folder / "out", Clock(2.0))
     return folder / "data", folder / "out" / "wtag", counts
 
@@ -260,11 +349,12 @@ def test_the_sample_read_again(sample: tuple[Path, Path, Counts]) -> None:
     data, labels, counts = sample
     found = tables(labels)
     steps, turns, rejects = [], [], 0
-    for number in range(1, 43):
+    for number in range(1, 46):
         folder = data / f"T{number}"
         first, last = (int(line) for line in (folder / TIMING).read_text().split())
         video = next(v for v in found["videos"] if v["video_id"] == f"wtag/T{number}")
-        assert video["duration_s"] == (last - first) / 1e7
+        # that of T1 is measured, the others are declared
+        assert video["duration_s"] == pytest.approx((last - first) / 1e7, abs=0.04 if number == 1 else 0)
         for start, end, text in lines_of(folder / STEPS):
             if text in ("Start", "Done"):
                 rejects += 1
@@ -282,9 +372,9 @@ def test_the_sample_read_again(sample: tuple[Path, Path, Counts]) -> None:
     assert sorted(turns) == sorted(
         (t["session_id"], t["role"], t["t_s"], t["text"], t["labels"]) for t in found["turns"]
     )
-    assert counts.sessions == {"train": 40, "val": 2}
-    assert counts.rejects == {"start or end marker": rejects, "left out by the corpus' authors": 1}
-    assert rejects == 84
+    assert (counts.sessions, counts.missing_videos) == ({"train": 40, "val": 5}, 44)
+    assert counts.rejects == {"start or end marker": rejects, "left out by the corpus' authors": 4}
+    assert (rejects, counts.notes) == (90, {DEPENDS: 45})
     texts = [t["text"] for t in found["turns"]]
     assert any(text.startswith('"') for text in texts)
     assert any(text.endswith("]") for text in texts)
@@ -293,19 +383,23 @@ def test_the_sample_read_again(sample: tuple[Path, Path, Counts]) -> None:
 
 def test_the_sample_keeps_its_bytes(sample: tuple[Path, Path, Counts], tmp_path: Path) -> None:
     data, labels, _ = sample
-    plans: list[int] = []
-    write_sample(tmp_path / "again", sessions=42, seed=5, on_plan=plans.append)
-    assert plans == [0]
+    write(tmp_path / "again", 5, encoded=1)
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
     assert files == sorted(
         p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file()
     )
     assert all((data / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
-    write_sample(tmp_path / "other", sessions=42, seed=6)
+    write(tmp_path / "other", 6)
     assert (tmp_path / "other" / "T1" / STEPS).read_bytes() != (data / "T1" / STEPS).read_bytes()
     prepare("wtag", data, tmp_path / "two", Clock(2.0), workers=2)
     for table in sorted(labels.iterdir()):
         assert (tmp_path / "two" / "wtag" / table.name).read_bytes() == table.read_bytes()
+
+
+def test_a_sample_has_both_splits(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--sessions 44 is too few.*at least 45"):
+        write_sample(tmp_path / "few", sessions=44, seed=5)
+    assert not (tmp_path / "few").exists()
 
 
 def test_levels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def dress(axes: Axes, unit: str) -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    with replacing_file(path) as temporary:
+    with replacing_file(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # words in scripts the font has not: boxes do
         # Without its own version in the file, the same picture has the same bytes.
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -1,7 +1,6 @@
 """Writes the toy world as a corpus in WTaG's official layout.
 
-It has no videos: what a sample could write would not be what the name ``Video.mpeg`` says. A session is as long as its
-``VideoMpegTiming.txt`` declares.
+Its ``Video.mpeg`` are MPEG-4 files, as the recorder of the official corpus writes under that name.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.sample.render import whole, write_videos
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     Episode,
@@ -17,6 +17,7 @@ from pipeline.sample.world import (
     require_room,
     step_name,
 )
+from schemas.errors import UserError
 from schemas.files import write_text
 
 _TICKS_PER_S = 10_000_000
@@ -39,20 +40,24 @@ def write_sample(
 
     Args:
         out: a new or empty folder.
-        sessions: at least 18; with more than 40, some are val.
+        sessions: at least 45: the first 40 are train.
         seed: decides everything that is random.
-        on_plan: called once with the number of videos, 0.
-        on_video: never called.
+        on_plan: called once with the number of videos.
+        on_video: called after each video, for a progress bar.
 
     Raises:
         UserError: the folder holds something, or there are too few sessions.
     """
     require_room(out, sessions)
+    if sessions < 45:
+        raise UserError(f"--sessions {sessions} is too few: wtag's first 40 are train; give at least 45")
     recordings = make_recordings(sessions, seed, most_episodes=1)
-    on_plan(0)
+    on_plan(len(recordings))
     for number, recording in enumerate(recordings, 1):
         _write_recording(out / f"T{number}", number, recording)
     _write_recording(out / _LEFT_OUT, 0, recordings[0])
+    clips = [whole(recording, out / f"T{n}/Video/Video.mpeg") for n, recording in enumerate(recordings, 1)]
+    write_videos(clips, on_video)
 
 
 def _write_recording(folder: Path, number: int, recording: Recording) -> None:

@@ -32,8 +32,10 @@ from data_manifests import load_manifest
 from pipeline.sources.assembly101_annotations import ACTIVITIES, Recording, read_annotations
 from pipeline.sources.common import Annotated, make_video, safe_id
 from schemas.records import Rejects, Video
+from schemas.states import SourceRow
 
 LEVELS: tuple[str, ...] = ("step", "substep")
+_OTHER_VIEW = "sessions seen by the camera their dialogue names, not the one chosen"
 _VIDEO_UID = re.compile(r"(assembly|disassembly)_([^/]+)__([^/]+)")
 
 
@@ -57,9 +59,11 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     """
     manifest = load_manifest("assembly101")
     views = {known.name for known in manifest.views}
+    before = len(rejects.rows)
     recordings = read_annotations(root, manifest, rejects)
     matches = [match for match in map(_VIDEO_UID.fullmatch, spoken) if match and match[3] in views]
-    if not matches and not any(recording.files() for recording in recordings.values()):
+    found = any(recording.files() for recording in recordings.values()) or len(rejects.rows) > before
+    if not found and not matches:
         raise manifest.nothing_found(root, ("coarse", "fine", "mistakes"))
     about: dict[str, list[tuple[str, str]]] = {}
     for match in matches:
@@ -71,7 +75,19 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
 
 
 def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
-    """The activities of one recording, each on every view it is spoken about."""
+    """The activities of one recording, each on every view it is spoken about.
+
+    A recording that gives none is a reject by itself, beside those of its files' rows.
+    """
+    before = len(rejects.rows)
+    found = list(_activities(unit, rejects))
+    if not found and len(rejects.rows) == before:
+        source = unit.recording.split[1] if unit.recording.split else unit.root
+        rejects.add(source, f"recording {unit.sequence}", "no steps")
+    yield from found
+
+
+def _activities(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
     recording, sequence = unit.recording, unit.sequence
     if recording.split and not recording.files() and not unit.spoken:
         rejects.add(recording.split[1], f"recording {sequence}", "no annotation")
@@ -84,17 +100,25 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
             views = [unit.view or _first_view(unit)]
         if not views and mistakes:
             mistakes.reject(rejects, sequence, "no assembly they belong to", mistakes=True)
+        wrong = sorted(mistakes.mistakes) if mistakes else []
         for view in views:
+            if unit.view not in (None, view):
+                rejects.notes[_OTHER_VIEW] += 1
             if view not in videos:
                 videos[view] = _video(unit, view, rejects)
+            steps = plans.get(activity, ())
+            source_file = steps[0].source_rows[0].file if steps else str(unit.root)
             yield Annotated(
                 video_uid=f"{activity}_{sequence}__{view}",
                 video=videos[view],
                 split=recording.split[0] if recording.split else None,
                 goal=_goal(activity, recording.toy),
-                steps=plans.get(activity, ()),
-                source_file=str(recording.files()[0].path if recording.files() else unit.root),
-                mistakes=tuple(sorted(span for span, _ in mistakes.mistakes)) if mistakes else None,
+                steps=steps,
+                source_file=source_file,
+                mistakes=tuple(span for span, _ in wrong) if mistakes else None,
+                mistake_rows=tuple(SourceRow(str(mistakes.path), f"row {n}") for _, n in wrong)
+                if mistakes
+                else (),
             )
 
 

@@ -12,11 +12,12 @@ from pipeline.sources.common import span_of
 from pipeline.sources.tables import named_rows, table_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 ANNOTATION_FPS = 30
 ACTIVITIES = ("assembly", "disassembly")
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_LABELS = ("correct", "mistake", "correction")
 _FINE_COLUMNS = ("video", "start_frame", "end_frame", "action_cls")
 
 _Segment = tuple[float, float, str]
@@ -39,9 +40,17 @@ class Rows:
     def reject(self, rejects: Rejects, sequence: str, reason: str, mistakes: bool = False) -> None:
         """Note that the segments, or the mistakes, were not used."""
         lists = [[row] for _, row in self.mistakes] if mistakes else self.segments.values()
-        rows = sorted(row for numbers in lists for row in numbers)
+        self._reject_rows([row for numbers in lists for row in numbers], rejects, sequence, reason)
+
+    def reject_repeated(self, rejects: Rejects, sequence: str) -> None:
+        """Note the rows that say what an earlier row says."""
+        rows = [row for numbers in self.segments.values() for row in numbers[1:]]
+        self._reject_rows(rows, rejects, sequence, "the same as an earlier one")
+
+    def _reject_rows(self, rows: list[int], rejects: Rejects, sequence: str, reason: str) -> None:
         if rows:
-            rejects.add(self.path, f"rows {_ranges(rows)}", reason, f"recording {sequence}, {len(rows)} rows")
+            ranges = _ranges(sorted(rows))
+            rejects.add(self.path, f"rows {ranges}", reason, f"recording {sequence}, {len(rows)} rows")
 
 
 def _ranges(rows: list[int]) -> str:
@@ -54,7 +63,8 @@ def _ranges(rows: list[int]) -> str:
 
 @dataclass
 class Recording:
-    """All that is known of one recording; ``coarse`` is by activity, ``split`` with the file that says so."""
+    """All that is known of one recording; ``coarse`` is by activity, ``split`` with the file that says so.
+    ``mistakes`` is None where nobody has judged it."""
 
     coarse: dict[str, Rows] = field(default_factory=dict)
     fine: dict[Path, Rows] = field(default_factory=dict)
@@ -82,7 +92,9 @@ class Recording:
             found = {name: part for name, part in parts.items() if any(rows.segments for rows in part)}
         used = {rows.path for parts in found.values() for rows in parts}
         for rows in self.files():
-            if rows.path not in used:
+            if rows.path in used:
+                rows.reject_repeated(rejects, sequence)
+            else:
                 rows.reject(rejects, sequence, f"not the annotation of level {level}")
         return {activity: _steps(parts) for activity, parts in found.items()}
 
@@ -102,11 +114,11 @@ def _part(rows: Rows, first: float, last: float) -> Rows:
 def _steps(parts: list[Rows]) -> tuple[Step, ...]:
     """One step for each action, in order of first starts; an action done again is one more span."""
     spans: dict[str, list[tuple[float, float]]] = {}
-    source_rows: dict[str, list[str]] = {}
+    source_rows: dict[str, list[SourceRow]] = {}
     segments = [(segment, rows.path, numbers) for rows in parts for segment, numbers in rows.segments.items()]
     for (start, end, action), path, numbers in sorted(segments, key=lambda entry: entry[0][:2]):
         spans.setdefault(action, []).append((start, end))
-        source_rows.setdefault(action, []).append(f"{path}, row {numbers[0]}")
+        source_rows.setdefault(action, []).append(SourceRow(str(path), f"row {numbers[0]}"))
     return tuple(
         Step(f"S{n}", action, tuple(spans[action]), source_rows=tuple(source_rows[action]))
         for n, action in enumerate(spans, 1)
@@ -145,28 +157,37 @@ def read_annotations(root: Path, manifest: Manifest, rejects: Rejects) -> defaul
 
 
 def _read_coarse(path: Path, rejects: Rejects) -> Rows:
-    found = Rows(path)
+    found, before = Rows(path), len(rejects.rows)
     for number, cells in table_rows(path, "\t", 3, rejects):
         span = _span(path, number, cells[0], cells[1], cells[2], rejects)
         if span:
             found.add(span, cells[2], number)
+    if not found.segments and len(rejects.rows) == before:
+        rejects.add(path, "file", "empty file")
     return found
 
 
-def _read_mistakes(path: Path, rejects: Rejects) -> Rows:
-    found = Rows(path)
+def _read_mistakes(path: Path, rejects: Rejects) -> Rows | None:
+    """None where not one row was understood: such a file has judged nothing."""
+    found, before, judged = Rows(path), len(rejects.rows), False
     for number, cells in table_rows(path, ",", 6, rejects):
         start, end, verb, this, that, label = cells[:6]
         action = f"{verb} {this} {'from' if verb == 'detach' else 'to'} {that}" if all(cells[2:5]) else ""
-        span = _span(path, number, start, end, action, rejects)
-        if span and label == "correct":
+        named = action if label == "correct" else label  # only a step needs a name
+        span = _span(path, number, start, end, named, rejects)
+        if span is None:
+            continue
+        judged = judged or label in _LABELS
+        if label == "correct":
             found.add(span, action, number)
-        elif span and label == "mistake":
+        elif label == "mistake":
             found.mistakes.append((span, number))
-        elif span:
+        else:
             reason = "correction row" if label == "correction" else "unknown label"
             rejects.add(path, f"row {number}", reason, f"{label}: {action}")
-    return found
+    if not judged and len(rejects.rows) == before:
+        rejects.add(path, "file", "empty file")
+    return found if judged else None
 
 
 def _read_split(path: Path, split: Split, recordings: defaultdict[str, Recording], rejects: Rejects) -> None:

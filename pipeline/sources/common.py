@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +18,7 @@ from pipeline.jsonfile import parse
 from pipeline.template import session_range, template_dialog
 from schemas.errors import UserError
 from schemas.records import DialogOrigin, Rejects, Session, Split, Turn, Video, joined_uri
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 HASHED = "sessions of recordings without an official split, placed by a hash of the recording's id"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
@@ -35,6 +36,7 @@ class Annotated:
         source_file: what rejects name.
         turns: the corpus' own human dialogue, None where it has none.
         mistakes: half-open spans in seconds, None where the corpus does not say.
+        mistake_rows: where each of them was read.
     """
 
     video_uid: str
@@ -45,6 +47,7 @@ class Annotated:
     source_file: str
     turns: tuple[Turn, ...] | None = None
     mistakes: tuple[tuple[float, float], ...] | None = None
+    mistake_rows: tuple[SourceRow, ...] = ()
 
 
 class Corpus(Protocol):
@@ -95,7 +98,7 @@ def make_video(
     """
     duration: float | None = 0.0
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
             duration = None
             continue
         try:
@@ -134,6 +137,8 @@ def span_of(
 ) -> tuple[float, float] | None:
     """Seconds ``value / scale`` of a start and an end as a file has them; None, and a reject, where they are none."""
     try:
+        if isinstance(start, bool) or isinstance(end, bool):
+            raise TypeError
         first, last = float(start), float(end)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         first = last = math.nan
@@ -168,15 +173,17 @@ def make_sessions(
                 )
     for stretch, dialogs in spoken:
         recording_id = stretch.video.recording_id
-        if dialogs and stretch.steps and all(dialog.steps is not None for dialog in dialogs):
-            detail = f"{len(stretch.steps)} steps, the first from {stretch.steps[0].source_rows[0]}"
-            rejects.add(stretch.source_file, stretch.video_uid, "the dialogues bring their own steps", detail)
-        if stretch.turns and dialogs and all(dialog.turns for dialog in dialogs):
-            detail = f"{len(stretch.turns)} turns, the first from {stretch.turns[0].source_row}"
-            rejects.add(stretch.source_file, stretch.video_uid, "the dialogues bring their own words", detail)
+        if dialogs and all(dialog.steps is not None for dialog in dialogs):
+            reason = "the dialogues bring their own steps"
+            rejects.add_rows(stretch.steps, reason, stretch.video_uid)
+        if dialogs and all(dialog.turns for dialog in dialogs):
+            reason = "the dialogues bring their own words"
+            rejects.add_rows(stretch.turns or (), reason, stretch.video_uid)
+        made = False
         counts: dict[str, int] = defaultdict(int)
         for dialog in dialogs or (None,):
             kind = "" if dialog is None else dialog.user_type or ("dialog" if dialog.turns else "dst")
+            kind = safe_id(kind)  # counted as it is written: other letters become the same one
             ending = kind and f"{kind}_{counts[kind]}"
             counts[kind] += 1
             split = stretch.split or named.get(recording_id) or hashed_split(recording_id)
@@ -185,7 +192,12 @@ def make_sessions(
                 continue
             if recording_id not in named:
                 rejects.notes[HASHED] += 1
+            made = True
             yield session
+        if not made:
+            rejects.add_rows(stretch.mistake_rows, "no steps", stretch.video_uid)
+            if not dialogs or not all(dialog.turns for dialog in dialogs):
+                rejects.add_rows(stretch.turns or (), "no steps", stretch.video_uid)
 
 
 def _session(
@@ -194,8 +206,8 @@ def _session(
     steps = annotated.steps if dialog is None or dialog.steps is None else dialog.steps
     source_file = dialog.source_file if dialog else annotated.source_file
     if not any(math.isfinite(step.start) for step in steps):
-        turns = (dialog.turns if dialog else annotated.turns) or ()
-        rejects.add(source_file, session_id, "no steps", f"{len(turns)} turns are not used" if turns else "")
+        rejects.add(source_file, session_id, "no steps")
+        rejects.add_rows(dialog.turns if dialog else (), "no steps", session_id)
         return None
     goal = (dialog and dialog.goal) or annotated.goal
     origin: DialogOrigin
@@ -205,7 +217,7 @@ def _session(
         turns, origin = annotated.turns, "human"
     else:
         turns, origin = template_dialog(goal, steps, annotated.mistakes, session_id), "template"
-    start_s, end_s = session_range(steps, turns)
+    start_s, end_s = session_range(steps, turns, annotated.mistakes)
     return Session(
         session_id=session_id,
         video=annotated.video,
@@ -221,4 +233,5 @@ def _session(
         user_type=dialog.user_type if dialog else None,
         quality=dialog.quality if dialog else None,
         mistakes=annotated.mistakes,
+        mistake_rows=annotated.mistake_rows,
     )

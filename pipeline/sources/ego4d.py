@@ -20,6 +20,7 @@ annotated by itself.
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,10 +32,11 @@ from pipeline.sources.common import Annotated, make_video, read_json, safe_id, s
 from pipeline.sources.tables import table_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 LEVELS: tuple[str, ...] = ("step", "substep")
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+_NOT_ESSENTIAL = ("optional", "irrelevant", "unsure")
 _UID = re.compile(r"[A-Za-z0-9_-]+")
 _Groups = dict[str, tuple[str, ...]]  # members by ``grp-<first member>``; there may be only one
 _STRAY = " `´,;:/\\-"  # found at the end of goals
@@ -75,7 +77,7 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     records = _read_records(root, manifest, groups, rejects)
     for uid in sorted(filter(_is_uid, set(spoken) - records.keys())):
         parts = _parts(root, uid, groups)
-        if parts and all(part.is_file() for part in parts):
+        if parts and all(map(os.path.isfile, parts)):
             records[uid] = _Record(uid, parts, root, None, {})
     if not records and not manifest.find(root, "goalstep"):
         raise manifest.nothing_found(root, ("goalstep",))
@@ -91,7 +93,10 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
             continue
         for locator in [segment.locator for segment in _segments(record)] or [f"video {uid}"]:
             rejects.add(record.file, locator, "unknown video group", uid)
-    return [_Unit(recording_id, level, tuple(records)) for recording_id, records in recordings.items()]
+    return [
+        _Unit(recording_id, level, tuple(_of_one_split(records, rejects)))
+        for recording_id, records in recordings.items()
+    ]
 
 
 def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
@@ -106,6 +111,20 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
             steps=_steps(record, unit.level, rejects),
             source_file=str(record.file),
         )
+
+
+def _of_one_split(records: list[_Record], rejects: Rejects) -> Iterator[_Record]:
+    """The videos of a recording that are in the split of its group, or of its first video: no recording crosses
+    splits."""
+    annotated = [record for record in records if record.split] or records
+    first = next((record for record in annotated if record.video_uid.startswith("grp-")), annotated[0])
+    for record in records:
+        if record.split in (first.split, None):
+            yield record
+            continue
+        for locator in [segment.locator for segment in _segments(record)] or [f"video {record.video_uid}"]:
+            detail = f"{first.video_uid} is in {first.split}"
+            rejects.add(record.file, locator, "its recording is in another split", detail)
 
 
 def _read_groups(root: Path, manifest: Manifest, rejects: Rejects) -> _Groups:
@@ -227,12 +246,14 @@ def _step(segment: _Segment, file: Path, level: str, rejects: Rejects) -> Step |
         rejects.add(file, locator, f"not the annotation of level {level}", name)
     elif start is None and end is None:
         rejects.add(file, locator, "no times", name)
-    elif relevant != "essential":
+    elif relevant in _NOT_ESSENTIAL:
         rejects.add(file, locator, f"is_relevant {relevant}", name)
+    elif relevant != "essential":
+        rejects.add(file, locator, "is_relevant unknown", f"{relevant!r}: {name}")
     elif not name:
         rejects.add(file, locator, "no description", f"{start} to {end}")
     elif span := span_of(start, end, file, locator, rejects):
-        return Step(segment.step_id, name, (span,), level, parent, (f"{file}, {locator}",))
+        return Step(segment.step_id, name, (span,), level, parent, (SourceRow(str(file), locator),))
     return None
 
 

@@ -15,6 +15,7 @@ a video's fine rows, those without a narration included, as all rows of the test
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from pipeline.sources.common import Annotated, make_video, read_json, safe_id, s
 from pipeline.sources.tables import named_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 LEVELS: tuple[str, ...] = ("step", "substep")
 _COLUMNS = ("video_uid", "annotation_id", "subset", "view", "start_sec", "end_sec")
@@ -87,7 +88,7 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     for path in manifest.find(root, "meta"):
         _read_meta(path, videos, rejects)
     used = {uid for uid, known in videos.items() if known.fine or known.coarse}
-    used |= {uid for uid in spoken if _path(root, uid).is_file()}
+    used |= {uid for uid in spoken if os.path.isfile(_path(root, uid))}
     if not used and not manifest.find(root, "fine"):
         raise manifest.nothing_found(root, ("fine", "coarse"))
     return [_Unit(root, uid, level, videos.get(uid, _Known())) for uid in sorted(used)]
@@ -118,7 +119,7 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
                 source.id or f"S{number}",
                 source.text,
                 (span,),
-                source_rows=(f"{source.file}, {source.locator}",),
+                source_rows=(SourceRow(str(source.file), source.locator),),
             )
             for number, (span, source) in enumerate(steps, 1)
         ),

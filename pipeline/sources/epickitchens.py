@@ -15,6 +15,7 @@ video is in, train or val: the official test file has no labels.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from pipeline.sources.common import Annotated, make_video, safe_id, span_of
 from pipeline.sources.tables import named_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 LEVELS: tuple[str, ...] = ("step",)
 _SPLITS: dict[str, Split] = {"train": "train", "validation": "val"}  # by kind of file
@@ -73,7 +74,7 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     for kind, split in _SPLITS.items():
         for path in manifest.find(root, kind):
             _read_narrations(path, split, videos, seen, rejects)
-    filmed = {uid for uid in spoken if _path(root, uid).is_file()}
+    filmed = {uid for uid in spoken if os.path.isfile(_path(root, uid))}
     if not filmed and not any(manifest.find(root, kind) for kind in _SPLITS):
         raise manifest.nothing_found(root, _SPLITS)
     durations: dict[str, float] = {}
@@ -151,7 +152,7 @@ def _steps(narrations: _Narrations, rejects: Rejects) -> tuple[Step, ...]:
             row.narration_id,
             row.narration,
             ((start, stop),),
-            source_rows=(f"{narrations.file}, row {row.number}",),
+            source_rows=(SourceRow(str(narrations.file), f"row {row.number}"),),
         )
         for start, stop, row in found
     )

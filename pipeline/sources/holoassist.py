@@ -1,7 +1,8 @@
 """HoloAssist: an instructor watches a student at a task through a HoloLens, and guides by voice.
 
-Licence: CDLA-Permissive-2.0. Layout under the corpus' root, with the labels as one file a video, or as one list of
-the same records, and with the split lists also in ``splits/``, the videos also in ``video_pitch_shifted/``::
+Licence: CDLA-Permissive-2.0. Layout under the corpus' root, with the labels as one file a video, as one list of
+the same records, or as both (then a video's own file counts), and with the split lists also in ``splits/``, the
+videos also in ``video_pitch_shifted/``::
 
     labels/<id>.json
     data-annotation-trainval-v1_1.json
@@ -20,6 +21,7 @@ The goal is the record's type of task. Splits are by video, as the lists say.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +34,10 @@ from pipeline.sources.common import Annotated, make_video, safe_id, span_of
 from pipeline.sources.tables import table_rows
 from schemas.errors import UserError
 from schemas.records import Rejects, Split, Turn
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 LEVELS: tuple[str, ...] = ("step", "substep")
+_LABELS = ("labels", "label_list")  # kinds of files
 _LABEL_OF = {"step": "Coarse grained action", "substep": "Fine grained action"}
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 _ROLES: dict[str, Literal["user", "assistant"]] = {"instructor": "assistant", "student": "user"}
@@ -61,10 +64,12 @@ class _Unit:
 def units(root: Path, level: str, view: str | None, spoken: Collection[str], rejects: Rejects) -> list[_Unit]:
     """The videos in order of their ids; see `common.Corpus`. A ``video_uid`` is the video's id."""
     manifest = load_manifest("holoassist")
-    files = manifest.find(root, "labels")
+    files = [path for kind in _LABELS for path in manifest.find(root, kind)]
     records: dict[str, tuple[Place, str]] = {}
     for path in files:
         found = [(_video_uid(place, record), place) for place, record in json_records(path, rejects)]
+        if not found:
+            rejects.add(path, "file", "empty file", "a list without records")
         for uid, place in found:
             if uid in records:
                 first = records[uid][0]
@@ -72,9 +77,9 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
                 rejects.add(path, place.locator, "second record of one video", where)
             else:
                 records[uid] = (place, f"{uid}, " if len(found) > 1 else "")
-    uids = records.keys() | {uid for uid in spoken if _path(root, uid).is_file()}
+    uids = records.keys() | {uid for uid in spoken if os.path.isfile(_path(root, uid))}
     if not files and not uids:
-        raise manifest.nothing_found(root, ("labels",))
+        raise manifest.nothing_found(root, _LABELS)
     splits = _read_splits(manifest.find(root, "splits"), uids, rejects)
     return [_Unit(root, uid, splits.get(uid), level, *records.get(uid, ())) for uid in sorted(uids)]
 
@@ -100,7 +105,8 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
         steps=events.steps(),
         source_file=str(file),
         turns=tuple(sorted(events.turns, key=lambda turn: turn.t_s)) or None,
-        mistakes=tuple(sorted(events.mistakes)) if events.judged else None,
+        mistakes=tuple(span for span, _ in sorted(events.mistakes)) if events.judged else None,
+        mistake_rows=tuple(row for _, row in sorted(events.mistakes)),
     )
 
 
@@ -111,9 +117,9 @@ class _Events:
     file: Path
     level: str
     rejects: Rejects
-    actions: list[tuple[tuple[float, float], str, str]] = field(default_factory=list)
+    actions: list[tuple[tuple[float, float], str, SourceRow]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    mistakes: list[tuple[float, float]] = field(default_factory=list)
+    mistakes: list[tuple[tuple[float, float], SourceRow]] = field(default_factory=list)
     judged: bool = False
 
     def add(self, locator: str, event: Mapping[str, Any]) -> None:
@@ -143,9 +149,9 @@ class _Events:
         start, end = event.get("start"), event.get("end")
         span = span_of(start, end, self.file, locator, self.rejects)
         if span and wrong:
-            self.mistakes.append(span)
+            self.mistakes.append((span, SourceRow(str(self.file), locator)))
         if span and is_step and name:
-            self.actions.append((span, name, f"{self.file}, {locator}"))
+            self.actions.append((span, name, SourceRow(str(self.file), locator)))
         elif span and is_step:
             self.rejects.add(self.file, locator, "no action", f"{start} to {end}")
 
@@ -161,7 +167,7 @@ class _Events:
             self.rejects.add(self.file, locator, "unintelligible", f"{purpose}: {text}")
         elif span := span_of(event.get("start"), event.get("start"), self.file, locator, self.rejects):
             labels = (_MOVES.get(move.partition("-")[0], ""), about.strip())
-            source_row = f"{self.file}, {locator}"
+            source_row = SourceRow(str(self.file), locator)
             self.turns.append(
                 Turn(span[0], _ROLES[speaker], text, tuple(filter(None, labels)), None, source_row)
             )

@@ -52,10 +52,13 @@ def named_rows(
         UserError: the file cannot be read, or lacks a column.
     """
     rows = table_rows(path, delimiter, 1, rejects)
-    _, header = next(rows, (1, []))
+    number, header = next(rows, (0, []))
     for column in needed:
         if column not in header:
-            raise UserError(f"{path} has no column {column!r} in its first row; fetch the file again")
+            found = f"its first row is {delimiter.join(header)[:80]!r}" if number else "it is empty"
+            if any(row.source_file == str(path) and row.reason == "unreadable row" for row in rejects.rows):
+                found = "its first row cannot be read as UTF-8"
+            raise UserError(f"{path} has no column {column!r}: {found}; fetch the file again")
     for number, cells in rows:
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))

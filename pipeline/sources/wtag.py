@@ -12,7 +12,8 @@ All times are ticks of 100 ns on the clock of the headset. A recording is one se
 
 - steps: each row of ``StepDetection.txt`` by itself, but for ``Start`` and ``Done``, which frame the task;
 - turns: the real words of both people, the instructor being the assistant, each said when it begins. Where
-  the intent stands in brackets behind the words, it stays there: brackets may be words too;
+  the intent stands in brackets behind the words, it stays there: brackets may be words too. Without words of the
+  instructor there is no dialogue;
 - split: the first 40 folders in order of their names are train, the others val. ``T55a`` and ``T55b`` are
   left out, as the corpus' authors do.
 """
@@ -29,14 +30,16 @@ from data_manifests import load_manifest
 from pipeline.sources.common import Annotated, make_video, safe_id, span_of
 from schemas.errors import UserError
 from schemas.records import Rejects, Split, Turn
-from schemas.states import Step
+from schemas.states import SourceRow, Step
 
 LEVELS: tuple[str, ...] = ("step",)
 _ANNOTATIONS = ("timing", "steps", "instructor", "user")
 _LEFT_OUT = ("T55a", "T55b")
-_NUM_TRAIN = 40
+_NUM_TRAIN, _NUM_RECORDINGS = 40, 56
+_DEPENDS = "recordings whose split depends on which others are there: the whole of wtag has {}"
 _TICKS_PER_S = 10_000_000
 _MARKERS = ("start", "done")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 _Role = Literal["user", "assistant"]
 _WORDS: tuple[tuple[_Role, str], ...] = (
@@ -72,8 +75,12 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     others = sorted((filmed & set(spoken)).difference(annotated, _LEFT_OUT))
     if not used and not others:
         raise manifest.nothing_found(root, _ANNOTATIONS)
-    for name in sorted(annotated.intersection(_LEFT_OUT)):
-        rejects.add(root / name, f"recording {name}", "left out by the corpus' authors")
+    for kind in _ANNOTATIONS:
+        for path in manifest.find(root, kind):
+            if path.parents[1].name in _LEFT_OUT:
+                _reject_rows(path, "left out by the corpus' authors", rejects)
+    if len(used) != _NUM_RECORDINGS:
+        rejects.notes[_DEPENDS.format(_NUM_RECORDINGS)] += len(used)
     split_of: dict[str, Split] = {name: "train" if n < _NUM_TRAIN else "val" for n, name in enumerate(used)}
     return [_Unit(root / name, split_of.get(name)) for name in sorted([*used, *others])]
 
@@ -88,6 +95,8 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Annotated]:
     if unit.split is not None:
         timing = _timing(folder / "Video" / "VideoMpegTiming.txt", rejects)
         if timing is None:
+            for path in (source_file, *(folder / "TextASR" / file for _, file in _WORDS)):
+                _reject_rows(path, "no timing", rejects)
             return
         declared_s = (timing[1] - timing[0]) / _TICKS_PER_S
         steps = _steps(source_file, timing[0], rejects)
@@ -131,28 +140,41 @@ def _steps(path: Path, first_tick: int, rejects: Rejects) -> tuple[Step, ...]:
     for row in _rows(path, first_tick, rejects):
         if row.text.lower() in _MARKERS:
             rejects.add(path, row.locator, "start or end marker", row.text)
+        elif any(row.more):
+            rejects.add(path, row.locator, "too many columns", f"{3 + len(row.more)} of 3")
         else:
             rows.append(row)
     rows.sort(key=lambda row: row.span)
     return tuple(
-        Step(f"S{n}", row.text, (row.span,), source_rows=(f"{path}, {row.locator}",))
+        Step(f"S{n}", row.text, (row.span,), source_rows=(SourceRow(str(path), row.locator),))
         for n, row in enumerate(rows, 1)
     )
 
 
 def _turns(folder: Path, first_tick: int, rejects: Rejects) -> tuple[Turn, ...] | None:
-    """What both say, in order of time, the user first; None where neither file is there."""
-    turns: list[Turn] = []
-    for role, name in _WORDS:
-        for row in _rows(folder / name, first_tick, rejects):
-            labels = tuple(part.strip() for cell in row.more for part in re.split(r"[|,]", cell))
-            source_row = f"{folder / name}, {row.locator}"
-            turns.append(
-                Turn(row.span[0], role, row.text, tuple(filter(None, labels)), source_row=source_row)
-            )
-    if not turns and not any((folder / name).is_file() for _, name in _WORDS):
+    """What both say, in order of time, the user first; None, and rejects, where the instructor says nothing."""
+    said = [(role, folder / name, list(_rows(folder / name, first_tick, rejects))) for role, name in _WORDS]
+    for _, path, rows in said:
+        if not rows and any(other.exists() for _, other, _ in said):
+            reason = "empty file" if path.exists() else "no such file"
+            rejects.add(path, f"recording {folder.parent.name}", reason, "nothing that was said can be used")
+    if not any(rows for role, _, rows in said if role == "assistant"):
+        for _, path, rows in said:
+            for row in rows:
+                rejects.add(path, row.locator, "no words of the instructor", row.text)
         return None
+    turns = [
+        Turn(row.span[0], role, row.text, _labels(row), source_row=SourceRow(str(path), row.locator))
+        for role, path, rows in said
+        for row in rows
+    ]
     return tuple(sorted(turns, key=lambda turn: turn.t_s))
+
+
+def _labels(row: _Row) -> tuple[str, ...]:
+    """The intents behind a text, several in one cell or in several."""
+    parts = (part.strip() for cell in row.more for part in re.split(r"[|,]", cell))
+    return tuple(filter(None, parts))
 
 
 def _rows(path: Path, first_tick: int, rejects: Rejects) -> Iterator[_Row]:
@@ -173,19 +195,30 @@ def _rows(path: Path, first_tick: int, rejects: Rejects) -> Iterator[_Row]:
 
 
 def _cells(path: Path, rejects: Rejects) -> Iterator[list[str] | None]:
-    """The cells of each line, None for one that is not UTF-8; no lines where there is no such file."""
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; mend it or take it away") from None
-    for number, line in enumerate(lines, 1):
+    """The cells of each line, None for one that is not UTF-8."""
+    for number, line in enumerate(_lines(path), 1):
         try:
             yield [cell.strip() for cell in line.decode().split("\t")]
         except UnicodeDecodeError as error:
             rejects.add(path, f"row {number}", "unreadable row", error)
             yield None
+
+
+def _lines(path: Path) -> list[bytes]:
+    """All lines, whichever way they end; none where there is no such file."""
+    try:
+        lines = _LINE_END.split(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; mend it or take it away") from None
+    return lines if lines[-1] else lines[:-1]
+
+
+def _reject_rows(path: Path, reason: str, rejects: Rejects) -> None:
+    """Note that no row of a file is used, if it has any."""
+    if lines := _lines(path):
+        rejects.add(path, f"rows 1-{len(lines)}", reason, f"recording {path.parents[1].name}")
 
 
 def _since(cell: str, first_tick: int) -> int | str:
