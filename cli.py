@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -88,14 +86,12 @@ def sample(
     Example: dst sample --source holoassist --sessions 24 --seed 1
     """
     from data_manifests import load_manifest
+    from pipeline.sample.corpus import write_sample
 
     load_manifest(source)
-    if importlib.util.find_spec(f"pipeline.sample.{source}") is None:
-        raise UserError(f"there is no synthetic {source}")
     out = out or Path("data") / source
     with _progress("videos") as bar:
-        write_sample = importlib.import_module(f"pipeline.sample.{source}").write_sample
-        write_sample(out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
+        write_sample(source, out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
     typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {out}")
 
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.cache import cache_features
 from pipeline.prepare import prepare
 from pipeline.presets import init_model
-from pipeline.sample.assembly101 import write_sample
+from pipeline.sample.corpus import write_sample
 from pipeline.vision import VisionEncoder
 from schemas.clock import Clock
 
@@ -26,7 +26,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic corpus in Assembly101's layout: 18 sessions with their videos. Read it, do not change it."""
     folder = tmp_path_factory.mktemp("data") / "assembly101"
-    write_sample(folder, sessions=18, seed=3)
+    write_sample("assembly101", folder, sessions=18, seed=3)
     return folder
 
 

@@ -19,7 +19,7 @@ import pytest
 from pipeline.cache import cache_features
 from pipeline.decode import tick_frames
 from pipeline.prepare import prepare
-from pipeline.sample.ego4d import write_sample
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Clip, Painter, write_videos
 from pipeline.sample.world import make_recordings
 from pipeline.vision import VisionEncoder
@@ -309,8 +309,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("data") / "ego4d"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sample.ego4d.write_videos", write_parts)
-        write_sample(folder, 18, 4)
+        patch.setattr("pipeline.sample.corpus.write_videos", write_parts)
+        write_sample("ego4d", folder, 18, 4)
     return folder
 
 

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from pipeline.prepare import prepare
-from pipeline.sample import egoexolearn as sample
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Clip, write_videos
 from pipeline.sample.world import make_recordings, part_name
 from pipeline.sources import egoexolearn
@@ -253,8 +253,8 @@ def write(out: Path, monkeypatch: pytest.MonkeyPatch, encoded: int = 0) -> list[
         asked.extend(clips)
         write_videos(clips[:encoded], on_video)
 
-    monkeypatch.setattr(sample, "write_videos", some)
-    sample.write_sample(out, 18, seed=4)
+    monkeypatch.setattr("pipeline.sample.corpus.write_videos", some)
+    write_sample("egoexolearn", out, 18, seed=4)
     return asked
 
 

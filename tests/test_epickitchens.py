@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.prepare import prepare
 from pipeline.sample import epickitchens as sample
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Clip, write_videos
 from pipeline.sample.world import make_recordings
 from schemas.clock import Clock
@@ -208,8 +209,8 @@ def write(out: Path, monkeypatch: pytest.MonkeyPatch, encoded: int = 0) -> list[
         asked.extend(clips)
         write_videos(clips[:encoded], on_video)
 
-    monkeypatch.setattr(sample, "write_videos", some)
-    sample.write_sample(out, 18, seed=4)
+    monkeypatch.setattr("pipeline.sample.corpus.write_videos", some)
+    write_sample("epickitchens", out, 18, seed=4)
     return asked
 
 

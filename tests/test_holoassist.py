@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from pipeline.prepare import prepare
-from pipeline.sample import holoassist as sample
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import write_videos
 from pipeline.sample.world import make_recordings, part_name
 from pipeline.sources import holoassist
@@ -262,8 +262,10 @@ RECORDINGS = make_recordings(18, seed=4, most_episodes=1)
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "holoassist"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "write_videos", lambda clips, on_video: write_videos(clips[:2], on_video))
-        sample.write_sample(root, sessions=18, seed=4)
+        patch.setattr(
+            "pipeline.sample.corpus.write_videos", lambda clips, on_video: write_videos(clips[:2], on_video)
+        )
+        write_sample("holoassist", root, sessions=18, seed=4)
     return root
 
 
@@ -322,8 +324,8 @@ def test_the_declared_duration_is_that_of_the_video(synthetic: Path, tmp_path: P
 
 
 def test_the_same_arguments_give_the_same_bytes(synthetic: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sample, "write_videos", lambda clips, on_video: None)
-    sample.write_sample(tmp_path / "again", sessions=18, seed=4)
+    monkeypatch.setattr("pipeline.sample.corpus.write_videos", lambda clips, on_video: None)
+    write_sample("holoassist", tmp_path / "again", sessions=18, seed=4)
     for path in sorted((tmp_path / "again").rglob("*.*")):
         assert path.read_bytes() == (synthetic / path.relative_to(tmp_path / "again")).read_bytes()
     for workers in (1, 2):

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.sample import assembly101
-from pipeline.sample.assembly101 import write_sample
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Painter, whole, write_videos
 from pipeline.sample.world import ANNOTATION_FPS, Episode, Recording, make_recordings, part_name, step_name
 from schemas.errors import UserError
@@ -358,9 +357,9 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_the_same_arguments_give_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly101, "write_videos", lambda clips, on_video: None)
-    write_sample(tmp_path / "again", 18, seed=3)
-    write_sample(tmp_path / "other", 18, seed=4)
+    monkeypatch.setattr("pipeline.sample.corpus.write_videos", lambda clips, on_video: None)
+    write_sample("assembly101", tmp_path / "again", 18, seed=3)
+    write_sample("assembly101", tmp_path / "other", 18, seed=4)
     assert hashes(tmp_path / "again") == hashes(corpus)
     assert hashes(tmp_path / "other") != hashes(corpus)
     shortest = min(corpus_recordings(), key=lambda recording: recording.end)
@@ -380,8 +379,8 @@ def test_tables_of_the_same_corpus_are_the_same(corpus: Path, labels: Path, tmp_
 def test_where_it_does_not_write(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"is not empty; give a new folder with --out"):
-        write_sample(tmp_path, 18, seed=0)
+        write_sample("assembly101", tmp_path, 18, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match=r"--sessions 17 is too few .* at least 18"):
-        write_sample(tmp_path / "new", 17, seed=0)
+        write_sample("assembly101", tmp_path / "new", 17, seed=0)
     assert not (tmp_path / "new").exists()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.prepare import Counts, prepare
+from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Clip, write_videos
-from pipeline.sample.wtag import write_sample
 from pipeline.sources import wtag
 from schemas.clock import Clock
 from schemas.errors import UserError
@@ -322,8 +322,8 @@ def write(out: Path, seed: int, encoded: int = 0) -> tuple[list[Clip], list[int]
         write_videos(clips[:encoded], on_video)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sample.wtag.write_videos", some)
-        write_sample(out, sessions=45, seed=seed, on_plan=plans.append)
+        patch.setattr("pipeline.sample.corpus.write_videos", some)
+        write_sample("wtag", out, sessions=45, seed=seed, on_plan=plans.append)
     return asked, plans
 
 
@@ -398,7 +398,7 @@ def test_the_sample_keeps_its_bytes(sample: tuple[Path, Path, Counts], tmp_path:
 
 def test_a_sample_has_both_splits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--sessions 44 is too few.*at least 45"):
-        write_sample(tmp_path / "few", sessions=44, seed=5)
+        write_sample("wtag", tmp_path / "few", sessions=44, seed=5)
     assert not (tmp_path / "few").exists()
 
 

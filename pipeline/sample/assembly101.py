@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.sample.render import whole, write_videos
+from pipeline.sample.render import Clip, whole
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     PARTS,
@@ -17,9 +17,7 @@ from pipeline.sample.world import (
     VERBS,
     Episode,
     Recording,
-    make_recordings,
     part_name,
-    require_room,
     step_name,
 )
 from schemas.files import write_text
@@ -30,29 +28,11 @@ _FINE_COLUMNS = (
     *("action_cls", "verb_cls", "noun_cls", "toy_id", "toy_name", "is_shared", "is_RGB"),
 )
 
+MOST_EPISODES, LEAST_SESSIONS = 2, 18
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions; the same arguments give the same bytes.
 
-    Args:
-        out: a new or empty folder.
-        sessions: at least 18, so that each split has some.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
-    """
-    require_room(out, sessions)
-    recordings = make_recordings(sessions, seed)
-    on_plan(len(recordings))
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """Coarse labels, mistakes, fine rows and splits, and beside them generated dialogs and DST rows."""
     annotations = out / "annotations"
     for recording in recordings:
         for episode in recording.episodes:
@@ -77,7 +57,7 @@ def write_sample(
         write_text(out / "dialogs" / f"generated_{split}.json", _dialogs(chosen))
         write_text(out / "dialogs" / f"dst_{split}.jsonl", _dst(chosen))
     folder = out / "videos"
-    write_videos([whole(r, folder / r.sequence / f"{VIEW}.mp4") for r in recordings], on_video)
+    return [whole(r, folder / r.sequence / f"{VIEW}.mp4") for r in recordings]
 
 
 def _toy_id(episode: Episode) -> str:

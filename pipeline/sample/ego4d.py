@@ -4,56 +4,36 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pipeline.sample.render import Clip, write_videos
+from pipeline.sample.render import Clip
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     TOYS,
     Recording,
-    make_recordings,
     part_name,
-    require_room,
     step_name,
 )
 from schemas.files import write_text
 
+MOST_EPISODES, LEAST_SESSIONS = 1, 18
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions; the same arguments give the same bytes.
 
-    Every sixth recording is a group of two or three videos, cut in the middle of steps. In every recording some
-    steps are cut into a segment and its continuation, some segments are not essential, some texts are untidy. Unlike
-    the official one, the test file has times.
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """Every sixth recording is a group of two or three videos, cut in the middle of steps.
 
-    Args:
-        out: a new or empty folder.
-        sessions: at least 18, so that each split has some.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
+    In every recording some steps are cut into a segment and its continuation, some segments are not essential, some
+    texts are untidy. Unlike the official one, the test file has times.
     """
-    require_room(out, sessions)
-    recordings = make_recordings(sessions, seed, most_episodes=1)
     uids = [_uids(recording, number) for number, recording in enumerate(recordings)]
     clips = [
         clip
         for recording, parts in zip(recordings, uids, strict=True)
         for clip in _clips(recording, out / "v2" / "video_540ss", parts)
     ]
-    on_plan(len(clips))
     annotations = out / "v2" / "annotations"
     for split in ("train", "val", "test"):
         videos = [_video(r, parts) for r, parts in zip(recordings, uids, strict=True) if r.split == split]
@@ -66,7 +46,7 @@ def write_sample(
         write_text(annotations / f"goalstep_{split}.json", json.dumps(content, indent=1) + "\n")
     rows = "".join(f"synthetic\t{parts}\n" for parts in uids)
     write_text(annotations / "goalstep_video_groups.tsv", f"university\tvideo_group\n{rows}")
-    write_videos(clips, on_video)
+    return clips
 
 
 def _uids(recording: Recording, number: int) -> list[str]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.sample.render import HEIGHT, WIDTH, whole, write_videos
+from pipeline.sample.render import HEIGHT, WIDTH, Clip, whole
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     TOYS,
     VERBS,
     Episode,
     Recording,
-    make_recordings,
     part_name,
-    require_room,
     step_name,
 )
 from schemas.files import write_text
@@ -30,31 +28,12 @@ _FPS = 25
 _COLUMNS = ("video_uid", "annotation_id", "subset", "view", "scene", "start_sec", "end_sec")
 _NARRATIONS = ("narration_en", "narration_en_hand_prompt", "narration_en_no_hand_prompt")
 
+MOST_EPISODES, LEAST_SESSIONS = 1, 18
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions; the same arguments give the same bytes.
 
-    Each third recording has a demonstration too, seen from outside (``exo``): fine rows and no video.
-
-    Args:
-        out: a new or empty folder.
-        sessions: at least 18, so that each split has some.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
-    """
-    require_room(out, sessions)
-    recordings = [replace(r, fps=(_FPS, 1)) for r in make_recordings(sessions, seed, most_episodes=1)]
-    on_plan(len(recordings))
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """Each third recording has a demonstration too, seen from outside (``exo``): fine rows and no video."""
+    recordings = [replace(recording, fps=(_FPS, 1)) for recording in recordings]
     annotations = out / "annotations"
     trainval: list[Sequence[object]] = []
     test: list[Sequence[object]] = []
@@ -66,7 +45,7 @@ def write_sample(
         else:
             trainval += _fine(number, recording, "ego")
             trainval += _fine(number, recording, "exo") if number % 3 == 0 else ()
-    rng = np.random.default_rng([seed, len(recordings)])
+    rng = np.random.default_rng([recordings[0].seed[0], len(recordings)])
     for name, columns, rows in (
         ("trainval_en", (*_COLUMNS, *_NARRATIONS), trainval),
         ("test", _COLUMNS, test),
@@ -78,9 +57,7 @@ def write_sample(
     meta = [entry for number, recording in enumerate(recordings) for entry in _meta(number, recording)]
     write_text(annotations / "video_meta_downsampled.json", json.dumps(meta))
     folder = out / "videos"
-    write_videos(
-        [whole(recording, folder / f"{video_uid(n)}.mp4") for n, recording in enumerate(recordings)], on_video
-    )
+    return [whole(recording, folder / f"{video_uid(n)}.mp4") for n, recording in enumerate(recordings)]
 
 
 def video_uid(number: int, view: str = "ego") -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from pipeline.sample.render import HEIGHT, WIDTH, whole, write_videos
+from pipeline.sample.render import HEIGHT, WIDTH, Clip, whole
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     PARTS,
@@ -17,9 +17,7 @@ from pipeline.sample.world import (
     Episode,
     Recording,
     Span,
-    make_recordings,
     part_name,
-    require_room,
 )
 from schemas.files import write_text
 
@@ -33,31 +31,11 @@ _NOUNS = (*(part_name(part) for part in range(len(PARTS))), *TOYS)
 _VERBS = ("take", *VERBS.values())
 _VIDEOS_EACH = 3  # recordings of one participant
 
+MOST_EPISODES, LEAST_SESSIONS = 1, 18
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions; the same arguments give the same bytes.
 
-    What the toy world keeps for test is in the validation file too: the official test file has no labels.
-
-    Args:
-        out: a new or empty folder.
-        sessions: at least 18, so that each split has some.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
-    """
-    require_room(out, sessions)
-    recordings = make_recordings(sessions, seed, most_episodes=1)
-    on_plan(len(recordings))
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """What the toy world keeps for test is in the validation file too: the official test file has no labels."""
     videos = {video_id(number): recording for number, recording in enumerate(recordings)}
     folder = out / ANNOTATIONS
     for name, splits in (("train", ("train",)), ("validation", ("val", "test"))):
@@ -68,11 +46,10 @@ def write_sample(
     write_text(
         folder / "EPIC_100_video_info.csv", _table(("video_id", "duration", "fps", "resolution"), info)
     )
-    clips = [
+    return [
         whole(recording, out / uid.partition("_")[0] / "videos" / f"{uid}.MP4")
         for uid, recording in videos.items()
     ]
-    write_videos(clips, on_video)
 
 
 def video_id(number: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pipeline.sample.render import HEIGHT, WIDTH, whole, write_videos
+from pipeline.sample.render import HEIGHT, WIDTH, Clip, whole
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     PARTS,
@@ -17,9 +17,7 @@ from pipeline.sample.world import (
     Episode,
     Recording,
     Utterance,
-    make_recordings,
     part_name,
-    require_room,
 )
 from schemas.files import write_text
 
@@ -37,32 +35,12 @@ _PURPOSES = {
 }
 _WORD_FRAMES = 10  # how long a word takes
 
+MOST_EPISODES, LEAST_SESSIONS = 1, 18
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions, each a video of its own; the same arguments give the same bytes.
 
-    As in the corpus, some words cannot be understood, and one event ends before it starts; both are in the first
-    file.
-
-    Args:
-        out: a new or empty folder.
-        sessions: at least 18, so that each split has some.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
-    """
-    require_room(out, sessions)
-    recordings = make_recordings(sessions, seed, most_episodes=1)
-    on_plan(len(recordings))
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """As in the corpus, some words cannot be understood, and one event ends before it starts; both in the first
+    file."""
     names = [_name(number, recording) for number, recording in enumerate(recordings, 1)]
     for name, recording in zip(names, recordings, strict=True):
         spoiled = recording is recordings[0]
@@ -72,8 +50,7 @@ def write_sample(
         chosen = [name for name, recording in zip(names, recordings, strict=True) if recording.split == split]
         write_text(out / f"{split}-v1_2.txt", "".join(f"{name}\n" for name in chosen))
     files = [out / name / "Export_py" / "Video_pitchshift.mp4" for name in names]
-    clips = [whole(recording, file) for recording, file in zip(recordings, files, strict=True)]
-    write_videos(clips, on_video)
+    return [whole(recording, file) for recording, file in zip(recordings, files, strict=True)]
 
 
 def _name(number: int, recording: Recording) -> str:

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-
-from schemas.errors import UserError
 
 ANNOTATION_FPS = 30
 """Annotations count frames at this rate, whatever the video's own rate is."""
@@ -252,20 +249,6 @@ class Recording:
     def duration(self) -> Fraction:
         """Seconds of its video, which ends a second after the last event."""
         return Fraction(self.end, ANNOTATION_FPS) + 1
-
-
-def require_room(out: Path, sessions: int) -> None:
-    """What every sample asks for.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions for three splits.
-    """
-    if sessions < 18:
-        raise UserError(
-            f"--sessions {sessions} is too few for a train, a val and a test part; give at least 18"
-        )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder with --out, or remove it first")
 
 
 _RATES = ((30000, 1001), (30, 1), (60000, 1001))

@@ -5,19 +5,16 @@ Its ``Video.mpeg`` are MPEG-4 files, as the recorder of the official corpus writ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.sample.render import whole, write_videos
+from pipeline.sample.render import Clip, whole
 from pipeline.sample.world import (
     ANNOTATION_FPS,
     Episode,
     Recording,
-    make_recordings,
-    require_room,
     step_name,
 )
-from schemas.errors import UserError
 from schemas.files import write_text
 
 _TICKS_PER_S = 10_000_000
@@ -25,39 +22,16 @@ _FIRST_TICK = 638_000_000_000_000_000  # ticks count from the year 1: autumn of 
 _LEFT_OUT = "T55a"
 _TICKS_PER_LETTER = 600_000  # how long it takes to say something
 
+MOST_EPISODES, LEAST_SESSIONS = 1, 45  # the first 40 recordings are train
 
-def write_sample(
-    out: Path,
-    sessions: int,
-    seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a corpus of that many sessions; the same arguments give the same bytes.
 
-    As in the official files, there are blank lines, marker rows and stray quotes, some files end their lines with
-    CRLF, some have the intents in brackets behind the words, and the recording ``T55a`` is to be left out.
-
-    Args:
-        out: a new or empty folder.
-        sessions: at least 45: the first 40 are train.
-        seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
-
-    Raises:
-        UserError: the folder holds something, or there are too few sessions.
-    """
-    require_room(out, sessions)
-    if sessions < 45:
-        raise UserError(f"--sessions {sessions} is too few: wtag's first 40 are train; give at least 45")
-    recordings = make_recordings(sessions, seed, most_episodes=1)
-    on_plan(len(recordings))
+def write_annotations(out: Path, recordings: Sequence[Recording]) -> list[Clip]:
+    """As in the official files, there are blank lines, marker rows and stray quotes, some files end their lines with
+    CRLF, some have the intents in brackets behind the words, and the recording ``T55a`` is to be left out."""
     for number, recording in enumerate(recordings, 1):
         _write_recording(out / f"T{number}", number, recording)
     _write_recording(out / _LEFT_OUT, 0, recordings[0])
-    clips = [whole(recording, out / f"T{n}/Video/Video.mpeg") for n, recording in enumerate(recordings, 1)]
-    write_videos(clips, on_video)
+    return [whole(recording, out / f"T{n}/Video/Video.mpeg") for n, recording in enumerate(recordings, 1)]
 
 
 def _write_recording(folder: Path, number: int, recording: Recording) -> None:
