@@ -8,8 +8,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from csv import DictWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pipeline.terminal import echo_table, progress
 from schemas.checkpoints import DEFAULT_MODEL
 from schemas.errors import UserError
 
@@ -90,7 +89,7 @@ def sample(
 
     load_manifest(source)
     out = out or Path("data") / source
-    with _progress("videos") as bar:
+    with progress("videos") as bar:
         write_sample(source, out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
     typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {out}")
 
@@ -191,16 +190,16 @@ def _prepare_one(
     from pipeline.prepare import prepare as run
     from schemas.clock import Clock
 
-    with _progress("recordings") as bar:
+    with progress("recordings") as bar:
         counts = run(
             *(source, root, out, Clock(tick_hz), dialogs, level, view, workers),
             on_plan=bar.start,
             on_unit=lambda: bar.advance(1),
         )
-    _echo_table(("table", "rows"), sorted(counts.rows.items()))
-    _echo_table(("split", "sessions"), sorted(counts.sessions.items()))
+    echo_table(("table", "rows"), sorted(counts.rows.items()))
+    echo_table(("split", "sessions"), sorted(counts.sessions.items()))
     if counts.rejects:
-        _echo_table(("not used, because", "times"), sorted(counts.rejects.items()))
+        echo_table(("not used, because", "times"), sorted(counts.rejects.items()))
         typer.echo(f"each with its file and place in {out / source / 'rejects.parquet'}")
     for note, number in sorted(counts.notes.items()):
         typer.echo(f"{number} {note}")
@@ -248,12 +247,12 @@ def inspect(
     for source in dict.fromkeys(row["source"] for row in rows):
         mine = [row for row in rows if row["source"] == source]
         names = [name for name in mine[0] if name not in ("source", "split")]
-        _echo_table(
+        echo_table(
             (source, *(row["split"] for row in mine)),
             [(name.replace("_", " "), *(row[name] for row in mine)) for name in names],
         )
     if rejects:
-        _echo_table(
+        echo_table(
             ("not used, because", "corpus", "times"),
             [(row["reason"], row["source"], row["count"]) for row in rejects],
         )
@@ -311,7 +310,7 @@ def cache_features(
 
     encoder = VisionEncoder(checkpoint_folder(model), chosen, tokens_per_frame, name=model)
     began = time.perf_counter()
-    with _progress("ticks") as bar:
+    with progress("ticks") as bar:
         summary = run(
             labels,
             out,
@@ -349,7 +348,7 @@ def train(
     from training.trainer import train as run
 
     out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
-    with _progress("steps") as bar:
+    with progress("steps") as bar:
         bar.start(settings.train.steps)
 
         def on_step(row: dict[str, float]) -> None:
@@ -463,66 +462,11 @@ def _choose_device(gpu: int | None, device: str | None) -> str:
     return chosen
 
 
-class _Bar:
-    """A progress bar on a terminal; elsewhere only the lines it is told to say."""
-
-    def __init__(self, unit: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = Console(stderr=True)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.rich = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task: Any = None
-
-    def start(self, total: int) -> None:
-        self.task = self.rich.add_task("", total=total, note="")
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.rich.update(self.task, advance=amount, note=note)
-
-    def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[_Bar]:
-    bar = _Bar(unit)
-    with bar.rich:
-        yield bar
-
-
-def _echo_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, name in enumerate(header):
-        table.add_column(name, justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_plain, row))
-    # Rich would cut a table to 80 columns where there is no terminal to ask for its width.
-    width = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, width=width, markup=False, emoji=False).print(table)
-
-
-def _plain(value: object) -> str:
-    """A cell of a table: three digits after the point where it is not whole, nothing where there is nothing."""
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def _echo_summary(summary: Summary, seconds: float, out: Path) -> None:
     stages = [
         (stage, round(taken, 1)) for stage, taken in sorted(summary.seconds.items(), key=lambda s: -s[1])
     ]
-    _echo_table(("stage", "seconds"), [(stage, f"{taken:.1f}") for stage, taken in stages])
+    echo_table(("stage", "seconds"), [(stage, f"{taken:.1f}") for stage, taken in stages])
     rate = f", {summary.ticks / seconds:.0f} ticks a second" if summary.ticks else ""
     typer.echo(
         f"{summary.ticks} ticks encoded in {seconds:.1f} s{rate}; decoding runs beside encoding; "
@@ -558,7 +502,7 @@ def _echo_metrics(metrics: dict[str, Any]) -> None:
 
     about = metrics["about"]
     typer.echo(f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, free-running")
-    _echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
+    echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
 
 
 def _write_timeline(run: Path, shards: Path | None, traces: list[Trace]) -> None:
