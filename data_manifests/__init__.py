@@ -23,8 +23,8 @@ class View(Strict):
 class Files(Strict):
     """Files of one kind.
 
-    ``globs`` are patterns under the corpus' folder, each with how many such files the whole corpus has; the first
-    that finds something counts. ``rows`` is how many lines the files have together without blank ones, headers
+    ``globs`` are patterns under the corpus' folder, each with how many such files the whole corpus has: only
+    one of them may find something. ``rows`` is how many lines the files have together without blank ones, headers
     included. None is not known.
     """
 
@@ -77,7 +77,7 @@ class Manifest(Strict):
         return next(iter(places.values()), [])
 
     def search(self, root: Path, kind: str) -> Search:
-        """The files of one kind, where they are, and how many the whole corpus has."""
+        """What `find` finds, with the place and the number, and without an error where two patterns find something."""
         globs = self.files[kind].globs
         for folder in self.folders:
             for glob, count in globs.items():

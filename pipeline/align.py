@@ -67,7 +67,8 @@ def align(session: Session, clock: Clock, rejects: Rejects) -> Aligned | None:
     step whose start is outside never starts, one whose end is outside stays in progress.
 
     Returns:
-        None, and one reject, where no tick or no step remains.
+        None where no tick or no step remains, or more than a table can hold; the session and each row it was read
+        from are rejects then.
     """
     window = _window(session, clock, rejects)
     unusable = _unusable(session, window)
@@ -139,9 +140,7 @@ def _turns_inside(session: Session, window: _Window) -> list[tuple[int, Turn]]:
     for index, turn in enumerate(session.turns):
         if window.holds(turn.t_s):
             inside.append((window.clock.tick_of(turn.t_s), turn))
-        elif (
-            session.dialog_origin != "template"
-        ):  # nobody wrote those: what they are made of is a reject itself
+        elif session.dialog_origin != "template":  # made of steps, which are rejects themselves
             detail = f"{turn.t_s:.3f} s, {turn.role}: {turn.text}"
             window.reject(f"turn {index}", turn.t_s, detail, turn.source_row)
     return sorted(inside, key=lambda pair: (pair[0], pair[1].t_s))
