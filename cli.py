@@ -10,7 +10,7 @@ import sys
 import time
 from csv import DictWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -18,12 +18,13 @@ from typer.core import TyperGroup
 from pipeline.terminal import echo_table, progress
 from schemas.checkpoints import DEFAULT_MODEL
 from schemas.errors import UserError
+from schemas.shards import ComputeType, Decoder, FeatureType, Filter, Storage
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.cache import Summary
+    from pipeline.estimate import Estimate
     from pipeline.shards import LabelledSession
     from training.traces import Trace
 
@@ -283,18 +284,47 @@ def init_model(
 
 @app.command("cache-features")
 def cache_features(
-    gpu: Gpu = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Number of the GPU, or several: 0,1,2,3 run a process each.")
+    ] = None,
     device: Device = None,
     labels: Annotated[Path, typer.Option(help="Label tables of one or all corpora.")] = Path("out/labels"),
-    out: Annotated[Path, typer.Option(help="Folder of the shards.")] = Path("out/shards"),
+    out: Annotated[str, typer.Option(help="Folder of the shards, or an address: s3://...")] = "out/shards",
     model: Annotated[str, typer.Option(help="A checkpoint: a hub name or a folder.")] = DEFAULT_MODEL,
     tokens_per_frame: Annotated[
         int | None, typer.Option(help="Average the token grid down to so many. Default: all.")
     ] = None,
+    dtype: Annotated[FeatureType, typer.Option(help="How features are kept; int8 takes half.")] = "float16",
+    preprocess: Annotated[
+        Filter, typer.Option(help="Resize filter: lanczos is the model's own, bicubic is faster.")
+    ] = "lanczos",
+    compute: Annotated[
+        ComputeType | None, typer.Option(help="What the tower computes in. Default: by the GPU.")
+    ] = None,
+    decoder: Annotated[Decoder, typer.Option(help="decord only takes what it decodes exactly.")] = "pyav",
+    format: Annotated[Storage, typer.Option(help="Kind of the shard files.")] = "tar",
+    shard: Annotated[
+        str | None, typer.Option(help="Make part I of N (I/N, from 0): for array jobs on one folder.")
+    ] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a vision shard, in MB.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames at once in the vision tower.")] = 16,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decode processes for each GPU. Default: by the cores.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress, after which a video is given up.")
+    ] = 120.0,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="ray: one encoder a GPU of a Ray cluster.")
+    ] = "local",
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Make shards with failures again.")
+        bool, typer.Option("--retry-failed", help="Try videos again that failed in an earlier run.")
+    ] = False,
+    labels_only: Annotated[
+        bool, typer.Option("--labels-only", help="Write new labels to the cache; no video is opened.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell frames, bytes, hours and room.")
     ] = False,
 ) -> None:
     """Decode the videos, run vision tower and connector once over each tick, write shard pairs.
@@ -303,32 +333,91 @@ def cache_features(
 
     Example: dst cache-features --gpu 0 --model models/tiny
     """
-    chosen = _choose_device(gpu, device)
     from pipeline.cache import cache_features as run
-    from pipeline.vision import VisionEncoder
+    from pipeline.cache import dry_run as estimate_only
+    from pipeline.cache import relabel
+    from pipeline.cache_terminal import echo_cache_summary, echo_estimate, echo_failures, echo_hours, noted
+    from pipeline.encode import EncoderSpec
+    from pipeline.engines import Engine, Here, Processes
+    from pipeline.todo import CacheOptions
+    from pipeline.workers import available_cores
     from schemas.checkpoints import checkpoint_folder
 
-    encoder = VisionEncoder(checkpoint_folder(model), chosen, tokens_per_frame, name=model)
-    began = time.perf_counter()
-    with progress("ticks") as bar:
-        summary = run(
-            labels,
-            out,
-            encoder,
-            shard_mb=shard_mb,
-            batch_size=batch_size,
-            retry_failed=retry_failed,
-            on_plan=lambda plans, ticks: bar.start(ticks),
-            on_tick=bar.advance,
+    if labels_only:
+        summary = relabel(labels, out, noted)
+        typer.echo(
+            f"labels of {summary.shards_kept} shards in {out} are those of {labels}; no video was opened"
         )
-    _echo_summary(summary, time.perf_counter() - began, out)
+        echo_failures(summary, out)
+        raise typer.Exit(1 if summary.failures else 0)
+    began = time.perf_counter()
+    part, of = _part_of(shard)
+    on_ray = engine == "ray"
+    if on_ray and (gpu is not None or shard is not None or dry_run):
+        raise UserError("--engine ray takes all GPUs of its cluster: leave --gpu, --shard and --dry-run away")
+    if decoder == "decord":
+        from pipeline.decord_frames import require_decord
+
+        require_decord()
+    devices = [device or "cuda"] if on_ray else _choose_devices(gpu, device)
+    spec = EncoderSpec(checkpoint_folder(model), model, tokens_per_frame, preprocess, compute, batch_size)
+    # on the CPU, the tower takes its share of the cores
+    sharing = len(devices) if devices[0] != "cpu" else 2
+    workers = workers or max(1, available_cores() // sharing)
+    made: Engine
+    if on_ray:
+        from pipeline.ray_engine import OnRay
+
+        made = OnRay(spec, devices[0])
+    elif len(devices) == 1 or dry_run:
+        made = Here(spec.load(devices[0]))
+    else:
+        made = Processes(spec, devices)
+    options = CacheOptions(shard_mb, format, dtype, decoder, workers, time_limit, part, of, retry_failed)
+    with made as encoders:
+        if dry_run:
+            assert isinstance(encoders, Here)
+            estimate, rate = estimate_only(labels, out, encoders, options)
+            echo_estimate(estimate)
+            echo_hours(estimate, rate, len(devices))
+            estimate.require_room()
+            return
+        with progress("ticks") as bar:
+
+            def on_estimate(estimate: Estimate) -> None:
+                echo_estimate(estimate)
+                bar.start(estimate.ticks)
+
+            summary = run(
+                labels, out, encoders, options, say=noted, on_estimate=on_estimate, on_tick=bar.advance
+            )
+    echo_cache_summary(summary, time.perf_counter() - began, out)
     if summary.failures:
         raise typer.Exit(1)
 
 
 @app.command()
+def verify(
+    shards: Annotated[str, typer.Argument(help="The cache: a folder or an address.")] = "out/shards",
+    labels: Annotated[Path | None, typer.Option(help="Also compare with these label tables.")] = None,
+) -> None:
+    """Check a cache end to end: checksums, every number, every label against its spans. Exit status 1 on a problem.
+
+    Example: dst verify out/shards --labels out/labels
+    """
+    from pipeline.cache_terminal import echo_report
+    from pipeline.verify import verify as run
+
+    with progress("files") as bar:
+        report = run(shards, labels, on_plan=bar.start, on_file=lambda: bar.advance(1))
+    echo_report(report, shards)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
-    shards: Annotated[Path, typer.Option(help="The feature cache.")] = Path("out/shards"),
+    shards: Annotated[str, typer.Option(help="The feature cache: a folder or an address.")] = "out/shards",
     recipe: Annotated[str | None, typer.Option(help="A packaged recipe (tiny) or a YAML file.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change one value: section.key=value.")
@@ -366,9 +455,7 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
-    shards: Annotated[
-        Path | None, typer.Option(help="The cache. Default: the one it was trained on.")
-    ] = None,
+    shards: Annotated[str | None, typer.Option(help="The cache. Default: the one it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     checkpoint: Annotated[str, typer.Option(help="best or latest.")] = "best",
     gpu: Gpu = None,
@@ -415,11 +502,11 @@ def demo(
     prepare("assembly101", corpus, labels)
     _stage("3/6 cache-features: every tick once through the vision tower")
     init_model("tiny", model, seed)
-    cache_features(device="cpu", labels=labels, out=shards, model=str(model))
+    cache_features(device="cpu", labels=labels, out=str(shards), model=str(model))
     _stage("4/6 train")
-    train(shards, "tiny", changes, out / "runs/tiny", device="cpu")
+    train(str(shards), "tiny", changes, out / "runs/tiny", device="cpu")
     _stage("5/6 train the blind control: the same, with all features zero")
-    train(shards, "tiny", [*changes, "data.blind=true"], out / "runs/blind", device="cpu")
+    train(str(shards), "tiny", [*changes, "data.blind=true"], out / "runs/blind", device="cpu")
     _stage("6/6 evaluate on the held-out test sessions")
     metrics, traces = _evaluated(out / "runs/tiny", None, "test", "best", "cpu")
     blind, _ = _evaluated(out / "runs/blind", None, "test", "best", "cpu")
@@ -462,24 +549,27 @@ def _choose_device(gpu: int | None, device: str | None) -> str:
     return chosen
 
 
-def _echo_summary(summary: Summary, seconds: float, out: Path) -> None:
-    stages = [
-        (stage, round(taken, 1)) for stage, taken in sorted(summary.seconds.items(), key=lambda s: -s[1])
-    ]
-    echo_table(("stage", "seconds"), [(stage, f"{taken:.1f}") for stage, taken in stages])
-    rate = f", {summary.ticks / seconds:.0f} ticks a second" if summary.ticks else ""
-    typer.echo(
-        f"{summary.ticks} ticks encoded in {seconds:.1f} s{rate}; decoding runs beside encoding; "
-        f"{summary.shards_made} shards made, {summary.shards_kept} kept, in {out}"
-    )
-    if summary.failures:
-        for failure in summary.failures[:10]:
-            typer.secho(f"failed: {failure['id']}: {failure['reason']}", fg="red", err=True)
-        typer.secho(
-            f"{len(summary.failures)} failed, all listed in {out / 'ledger.jsonl'}", fg="red", err=True
+def _choose_devices(gpu: str | None, device: str | None) -> list[str]:
+    """Each device an encoder is to run on."""
+    numbers = (gpu or "").split(",")
+    if gpu is not None and not all(number.strip().isdigit() for number in numbers):
+        raise UserError(f"--gpu {gpu!r} is not a number, nor several with commas between; write 0 or 0,1,2,3")
+    if gpu is None:
+        return [_choose_device(None, device)]
+    chosen = list(dict.fromkeys(int(number) for number in numbers))
+    return [_choose_device(number, device) for number in chosen]
+
+
+def _part_of(shard: str | None) -> tuple[int, int]:
+    """``3/8`` as numbers."""
+    if shard is None:
+        return 0, 1
+    part, _, of = shard.partition("/")
+    if not (part.isdigit() and of.isdigit() and int(part) < int(of)):
+        raise UserError(
+            f"--shard {shard!r} is not I/N with I from 0 to N - 1; write 0/8 for the first of eight parts"
         )
-    else:
-        typer.echo(f"next: dst train --shards {out}")
+    return int(part), int(of)
 
 
 def _validation_line(row: dict[str, float]) -> str:
@@ -490,7 +580,7 @@ def _validation_line(row: dict[str, float]) -> str:
 
 
 def _evaluated(
-    run: Path, shards: Path | None, split: str, checkpoint: str, device: str
+    run: Path, shards: str | None, split: str, checkpoint: str, device: str
 ) -> tuple[dict[str, Any], list[Trace]]:
     from training.evaluate import evaluate as score_run
 
@@ -505,14 +595,14 @@ def _echo_metrics(metrics: dict[str, Any]) -> None:
     echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
 
 
-def _write_timeline(run: Path, shards: Path | None, traces: list[Trace]) -> None:
+def _write_timeline(run: Path, shards: str | None, traces: list[Trace]) -> None:
     """The picture of the middle session."""
     from pipeline.shards import ShardCache
     from training.evaluate import middle_trace
     from training.plots import timeline_picture
 
     trace = middle_trace(traces)
-    shards = shards or Path(json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"])
+    shards = shards or json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"]
     session = ShardCache(shards).session(trace.session_id)
     timeline_picture(trace, _some_frames(session), run / "timeline.png", session.meta["goal"])
 

@@ -2,285 +2,247 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import queue
-import threading
-import time
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-
-from pipeline.decode import DecodeError, tick_frames
-from pipeline.ledger import Ledger
-from pipeline.plan import LabelTables, Rows, ShardPlan, plan_shards
-from pipeline.shards import TarReader, TarWriter, npy_bytes
-from pipeline.vision import VisionEncoder
-from schemas.clock import Clock
+from pipeline.encode import Job, Progress
+from pipeline.engines import Engine, Here
+from pipeline.estimate import Estimate, probe
+from pipeline.label_shards import make_labels
+from pipeline.ledger import Entry, Failure, Ledger
+from pipeline.plan import LabelTables, Rows
+from pipeline.spool import Made
+from pipeline.storage import Store, open_store
+from pipeline.todo import CacheOptions, make_todo, remove, remove_the_rest, set_aside
 from schemas.errors import UserError
-from schemas.files import fsync_folder, replacing_file
-from schemas.shards import CHUNK_TICKS, Fingerprint, shard_stem, vision_key
-from schemas.tables import TABLES
+from schemas.shards import Fingerprint, shard_stem
 
 
 @dataclass
 class Summary:
-    """What a run did: seconds by stage, ticks encoded, and what failed with its reason."""
+    """What a run did: seconds by stage (of all encoders together), ticks, shards, and what failed with its reason.
+
+    ``ticks_reused`` were taken over from shards of an earlier plan; ``notes`` tell what was done otherwise than asked.
+    """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ticks: int = 0
+    ticks_reused: int = 0
     shards_kept: int = 0
     shards_made: int = 0
-    failures: list[dict[str, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, progress: Progress) -> None:
+        self.ticks += progress.encoded
+        for stage, seconds in progress.seconds.items():
+            self.seconds[stage] += seconds
+
+    def add(self, vision: Entry, labels: Entry) -> None:
+        """A finished pair."""
+        self.failures += [*vision.failures, *labels.failures]
+        for video_id, video in vision.videos.items():
+            self.notes += [f"{video_id}: {note}" for note in video.notes]
+            for first, end, reason in video.unreadable:
+                what = (
+                    f"ticks {first} to {end - 1} cannot be read"
+                    if first < end
+                    else f"ends after {first} ticks"
+                )
+                self.notes.append(f"{video_id}: {what} ({reason})")
 
 
 def cache_features(
     labels: Path,
-    out: Path,
-    encoder: VisionEncoder,
+    out: str | Path,
+    engine: Engine,
+    options: CacheOptions | None = None,
     *,
-    shard_mb: int = 512,
-    batch_size: int = 16,
-    retry_failed: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     on_tick: Callable[[int], None] = lambda ticks: None,
-    on_plan: Callable[[list[ShardPlan], int], None] = lambda plans, ticks: None,
 ) -> Summary:
     """Make or complete the shard pairs of all label tables under ``labels``.
 
-    Finished shards of an earlier run are kept. A video or session that fails is recorded in
-    ``ledger.jsonl`` with its reason and left out; the run goes on.
+    Finished shards of an earlier run are kept; features of an earlier plan are taken over where their video and all
+    settings are the same. A video or session that fails is recorded in the ledger with its reason and left out; the
+    run goes on.
 
     Args:
+        out: a folder, or an address that fsspec knows.
+        say: told what the user should know besides.
+        on_estimate: called once, before any work, with what is going to be done.
         on_tick: called with a number of ticks done, for a progress bar.
-        on_plan: called once, before any work, with the plan and the number of ticks in it.
 
     Raises:
-        UserError: no tables, a folder that was made with other settings, or no room to write.
+        UserError: no tables, a cache that was made with other settings or that another run holds, or no room.
     """
-    tables = LabelTables(labels)
-    fingerprint = Fingerprint(
-        model=encoder.name,
-        vision_sha256=encoder.sha256,
-        preprocessing=encoder.preprocessor.fingerprint(),
-        tick_hz=tables.clock.tick_hz,
-        tokens_per_frame=encoder.tokens_per_frame,
-        dim=encoder.dim,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "cache.json").is_file():
-        fingerprint.require_equal(Fingerprint.read(out), out)
-    else:
-        fingerprint.write(out)
-    plans = plan_shards(tables, encoder.tokens_per_frame * encoder.dim * 2, shard_mb)
-    on_plan(plans, sum(video["last_tick_needed"] + 1 for plan in plans for video in plan.videos))
-    ledger = Ledger(out / "ledger.jsonl")
-    _remove_unplanned(out, len(plans))
-    summary = Summary()
-    for plan in plans:
-        _make_vision(
-            plan, out, encoder, tables.clock, fingerprint, ledger, retry_failed, batch_size, on_tick, summary
-        )
-        _make_labels(plan, out, tables, ledger, summary)
+    options = options or CacheOptions()
+    tables, store = LabelTables(labels), open_store(out)
+    fingerprint = _fingerprint(engine, tables, options)
+    with store.lock(options.part, options.of, say), _full_disk_told(store):
+        if not _is_cache_of(store, fingerprint):
+            store.write_text("cache.json", fingerprint.text())
+        ledger = Ledger(store)
+        todo = make_todo(tables, fingerprint, store, ledger, options)
+        expected = Estimate.of(todo, fingerprint, store, engine.encoders, options.workers)
+        on_estimate(expected)
+        expected.require_room()
+        if not store.has("plan.json") or store.read_text("plan.json") != todo.plan_text:
+            store.write_text("plan.json", todo.plan_text)
+        works = set_aside(todo, store, ledger, options)
+        summary = Summary(ticks_reused=todo.ticks_reused)
+        job = Job(store.url, fingerprint, options.workers, options.limit_s)
+
+        def finish(number: int, entry: Entry) -> None:
+            labelled = make_labels(
+                number,
+                todo.plans[number].sessions,
+                entry.videos,
+                tables,
+                store,
+                options.storage,
+                ledger,
+            )
+            summary.add(entry, labelled)
+
+        for number, entry in todo.finished.items():
+            on_tick(todo.plans[number].ticks)
+            finish(number, entry)
+            summary.shards_kept += 1
+        with closing(engine.run(job, works)) as told:  # on an error, encoders end before the store is let go
+            for news in told:
+                if isinstance(news, Made):
+                    finish(news.number, news.entry)
+                    summary.shards_made += 1
+                else:
+                    summary.count(news)
+                    on_tick(news.passed)
+        remove_the_rest(todo, store, ledger, options)
     return summary
 
 
-def _remove_unplanned(out: Path, shards: int) -> None:
-    """Shards past the plan belong to tables that are no longer there, temporary files to runs that were killed."""
-    for path in out.glob(".*.tar.tmp"):
-        path.unlink()
-    for path in [*out.glob("vision-*.tar"), *out.glob("labels-*.tar")]:
-        if int(path.stem.rsplit("-", 1)[1]) >= shards:
-            path.unlink()
-    fsync_folder(out)
+def dry_run(
+    labels: Path, out: str | Path, engine: Here, options: CacheOptions, seconds: float = 3.0
+) -> tuple[Estimate, float | None]:
+    """What `cache_features` would do, without doing it, and the ticks a second that this encoder makes of the videos.
+
+    Raises:
+        UserError: as `cache_features`, but for want of room: that is for the caller to ask (`Estimate.require_room`).
+    """
+    tables, store = LabelTables(labels), open_store(out)
+    fingerprint = _fingerprint(engine, tables, options)
+    _is_cache_of(store, fingerprint)
+    todo = make_todo(tables, fingerprint, store, Ledger(store), options)
+    expected = Estimate.of(todo, fingerprint, store, engine.encoders, options.workers)
+    return expected, probe(todo, fingerprint, engine.encoder, options.workers, options.limit_s, seconds)
 
 
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def relabel(labels: Path, out: str | Path, say: Callable[[str], None] = lambda text: None) -> Summary:
+    """Write the label shards of a cache anew from other tables; no vision shard is touched and no video opened.
 
-
-def _make_vision(
-    plan: ShardPlan,
-    out: Path,
-    encoder: VisionEncoder,
-    clock: Clock,
-    fingerprint: Fingerprint,
-    ledger: Ledger,
-    retry_failed: bool,
-    batch_size: int,
-    on_tick: Callable[[int], None],
-    summary: Summary,
-) -> None:
-    path = out / f"{shard_stem('vision', plan.number)}.tar"
-    key = _key(fingerprint.model_dump(exclude={"model"}), plan.videos)
-    entry = ledger.finished(path, key)
-    if entry is not None and not (retry_failed and entry["failures"]):
-        summary.shards_kept += 1
-        summary.failures += entry["failures"]
-        on_tick(sum(video["last_tick_needed"] + 1 for video in plan.videos))
-        return
-    failures: list[dict[str, str]] = []
-    with replacing_file(path) as temporary, TarWriter(temporary) as tar:
-        decoder = _DecodeAhead(plan.videos, clock, encoder, summary)
-        for video in plan.videos:
-            try:
-                with tar.all_or_nothing():
-                    ticks = _encode_video(video, decoder, encoder, tar, batch_size, on_tick, summary)
-                on_tick(max(0, video["last_tick_needed"] + 1 - ticks))
-            except DecodeError as error:
-                failures.append({"id": video["video_id"], "reason": str(error)})
-    ledger.add(path, key, failures)
-    summary.shards_made += 1
-    summary.failures += failures
-
-
-def _encode_video(
-    video: dict[str, Any],
-    decoder: _DecodeAhead,
-    encoder: VisionEncoder,
-    tar: TarWriter,
-    batch_size: int,
-    on_tick: Callable[[int], None],
-    summary: Summary,
-) -> int:
-    ticks = 0
-    for chunk, (frames, pts) in enumerate(decoder.chunks()):
-        began = time.perf_counter()
-        batches = [encoder.encode(frames[i : i + batch_size]) for i in range(0, len(frames), batch_size)]
-        features = _to_float16(np.concatenate(batches), video["video_id"])
-        encoded = time.perf_counter()
-        meta = {"video_id": video["video_id"], "first_tick": ticks, "num_ticks": len(frames)}
-        members = {
-            "vision.npy": npy_bytes(features),
-            "pts.npy": npy_bytes(pts),
-            "meta.json": json.dumps(meta).encode(),
-        }
-        tar.add(vision_key(video["video_id"], chunk), members)
-        summary.seconds["encode"] += encoded - began
-        summary.seconds["write"] += time.perf_counter() - encoded
-        ticks += len(frames)
-        summary.ticks += len(frames)
-        on_tick(len(frames))
-    return ticks
-
-
-def _to_float16(features: NDArray[np.float32], video_id: str) -> NDArray[np.float16]:
-    if not np.isfinite(features).all() or np.abs(features).max(initial=0) > np.finfo(np.float16).max:
+    Raises:
+        UserError: no tables, no cache, tables at another tick rate, or another run holds the cache.
+    """
+    tables, store = LabelTables(labels), open_store(out)
+    fingerprint = read_fingerprint(store)
+    if fingerprint.tick_hz != tables.clock.tick_hz:
         raise UserError(
-            f"the vision tower gives values that float16 cannot hold (video {video_id}); check the checkpoint"
+            f"{store.url} was made at {fingerprint.tick_hz} ticks a second, {labels} has {tables.clock.tick_hz}; "
+            "prepare with the same --tick-hz, or make another cache"
         )
-    return features.astype(np.float16)
+    with store.lock(0, 1, say), _full_disk_told(store):
+        ledger = Ledger(store)
+        vision = {
+            int(stem.removeprefix("vision-")): entry
+            for stem, entry in sorted(ledger.entries.items())
+            if stem.startswith("vision-") and ledger.is_whole(entry)
+        }
+        if not vision:
+            raise UserError(
+                f"{store.url} holds no finished shard; run 'dst cache-features' without --labels-only"
+            )
+        place = {video_id: number for number, entry in vision.items() for video_id in entry.videos}
+        sessions: dict[int, Rows] = {number: [] for number in vision}
+        missing: list[Failure] = []
+        for session in tables.sessions:
+            if session["video_id"] in place:
+                sessions[place[session["video_id"]]].append(session)
+            else:
+                reason = f"its video {session['video_id']} is not in the cache: run 'dst cache-features'"
+                missing.append(Failure(id=session["session_id"], reason=reason))
+        summary = Summary(shards_kept=len(vision))
+        for number, entry in vision.items():
+            named = tuple(missing) if number == min(vision) else ()
+            made = make_labels(
+                number, sessions[number], entry.videos, tables, store, fingerprint.storage, ledger, named
+            )
+            summary.failures += made.failures
+        features_gone = ledger.entries.keys() - {shard_stem("labels", number) for number in vision}
+        for stem in sorted(stem for stem in features_gone if stem.startswith("labels-")):
+            remove(stem, store, ledger)
+    return summary
 
 
-class _DecodeAhead:
-    """Decodes and resizes in a thread of its own, a few chunks ahead of the encoder."""
+def read_fingerprint(store: Store) -> Fingerprint:
+    """Of the cache in a store.
 
-    def __init__(self, videos: Rows, clock: Clock, encoder: VisionEncoder, summary: Summary) -> None:
-        self._queue: queue.Queue[tuple[NDArray[np.uint8], NDArray[np.float64]] | Exception | None] = (
-            queue.Queue(4)
+    Raises:
+        UserError: it holds no cache, or one of another version.
+    """
+    if not store.has("cache.json"):
+        raise UserError(
+            f"{store.url} holds no cache.json, so it is not a feature cache; run 'dst cache-features'"
         )
-        self._summary = summary
-        self._thread = threading.Thread(target=self._run, args=(videos, clock, encoder), daemon=True)
-        self._thread.start()
-
-    def _run(self, videos: Rows, clock: Clock, encoder: VisionEncoder) -> None:
-        for video in videos:
-            try:
-                for chunk in _decoded_chunks(video, clock, encoder, self._summary):
-                    self._queue.put(chunk)
-                self._queue.put(None)
-            except Exception as error:  # carried to the consumer, which records it or ends the run
-                self._queue.put(error)
-
-    def chunks(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-        """Chunks of the next video: resized frames uint8 ``[n, S, S, 3]`` and seconds float64 ``[n]``."""
-        while True:
-            began = time.perf_counter()
-            item = self._queue.get()
-            self._summary.seconds["wait for frames"] += time.perf_counter() - began
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    return Fingerprint.parse(store.read_text("cache.json"), f"{store.url}/cache.json")
 
 
-def _decoded_chunks(
-    video: dict[str, Any], clock: Clock, encoder: VisionEncoder, summary: Summary
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-    images: list[NDArray[np.uint8]] = []
-    times: list[float] = []
-    began = time.perf_counter()
-    for frame in tick_frames(video["uri"], clock, video["last_tick_needed"], video["rotation_deg"]):
-        decoded = time.perf_counter()
-        images.append(encoder.preprocessor.resize(frame.image))
-        times.append(frame.pts_s)
-        summary.seconds["decode"] += decoded - began
-        began = time.perf_counter()
-        summary.seconds["resize"] += began - decoded
-        if len(images) == CHUNK_TICKS:
-            yield np.stack(images), np.array(times)
-            images, times = [], []
-            began = time.perf_counter()
-    if images:
-        yield np.stack(images), np.array(times)
+def _fingerprint(engine: Engine, tables: LabelTables, options: CacheOptions) -> Fingerprint:
+    described = engine.described
+    return Fingerprint(
+        model=described.model,
+        vision_sha256=described.vision_sha256,
+        preprocessing=described.preprocessing,
+        decoder=options.decoder,
+        compute=described.compute,
+        tick_hz=tables.clock.tick_hz,
+        tokens_per_frame=described.tokens_per_frame,
+        dim=described.dim,
+        dtype=options.dtype,
+        storage=options.storage,
+    )
 
 
-def _make_labels(plan: ShardPlan, out: Path, tables: LabelTables, ledger: Ledger, summary: Summary) -> None:
-    vision = TarReader(out / f"{shard_stem('vision', plan.number)}.tar")
-    path = out / f"{shard_stem('labels', plan.number)}.tar"
-    videos = {video["video_id"]: video for video in plan.videos}
-    records: dict[str, dict[str, bytes]] = {}
-    failures: list[dict[str, str]] = []
-    began = time.perf_counter()
-    for session in plan.sessions:
-        cached = _cached_ticks(vision, session["video_id"])
-        needed = session["first_tick"] + session["num_ticks"]
-        if cached < needed:
-            reason = f"needs {needed} ticks of {session['video_id']}, the video has {cached}"
-            failures.append({"id": session["session_id"], "reason": reason})
-            continue
-        records[session["session_id"]] = _label_record(session, videos[session["video_id"]], tables)
-    digest = hashlib.sha256()
-    for members in records.values():
-        for data in members.values():
-            digest.update(hashlib.sha256(data).digest())
-    key = _key(digest.hexdigest(), failures)
-    if ledger.finished(path, key) is None:
-        with replacing_file(path) as temporary, TarWriter(temporary) as tar:
-            for session_id, members in records.items():
-                tar.add(session_id, members)
-        ledger.add(path, key, failures)
-    summary.failures += failures
-    summary.seconds["labels"] += time.perf_counter() - began
+def _is_cache_of(store: Store, fingerprint: Fingerprint) -> bool:
+    """Whether the store is a cache already.
+
+    Raises:
+        UserError: it is one of other settings, or holds something else.
+    """
+    foreign = store.names()  # asked first: another part of an array job may be writing cache.json just now
+    if store.has("cache.json"):
+        fingerprint.require_equal(read_fingerprint(store), store.url)
+        return True
+    if foreign:
+        raise UserError(
+            f"{store.url} holds {foreign[0]!r} but no cache.json, so it is not a feature cache; give another --out"
+        )
+    return False
 
 
-def _cached_ticks(vision: TarReader, video_id: str) -> int:
-    ticks, chunk = 0, 0
-    while (name := f"{vision_key(video_id, chunk)}.meta.json") in vision.members:
-        ticks += vision.json_of(name)["num_ticks"]
-        chunk += 1
-    return ticks
-
-
-def _label_record(session: dict[str, Any], video: dict[str, Any], tables: LabelTables) -> dict[str, bytes]:
-    session_id = session["session_id"]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, TABLES["frames"]) as writer:
-        rows = tables.of_session("frames", session_id)
-        # copied row by row: a slice's bit maps would end in bits of the next session
-        writer.write_table(rows.take(np.arange(len(rows))).combine_chunks())
-    turns, steps = (tables.of_session(name, session_id).to_pylist() for name in ("turns", "steps"))
-    return {
-        "frames.arrow": sink.getvalue().to_pybytes(),
-        "turns.json": json.dumps(turns).encode(),
-        "steps.json": json.dumps(steps).encode(),
-        "meta.json": json.dumps(
-            {**session, "uri": video["uri"], "rotation_deg": video["rotation_deg"]}
-        ).encode(),
-    }
+@contextmanager
+def _full_disk_told(store: Store) -> Iterator[None]:
+    """What the system says of a full disk names no folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"there is no more room for the shards of {store.url} ({error.strerror}); finished ones are kept: "
+            "free some room and run again"
+        ) from error

@@ -4,44 +4,139 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.storage import Store
+
+FOLDER = "ledger"
+SHARD_FILE = r"^(old|vision|labels)-\d{5,}\.(tar|h5)$"
+
+Ticks = Annotated[int, Field(ge=0)]
+
+
+class Unreadable(NamedTuple):
+    """Ticks ``[first, end)`` of a video that could not be decoded; their features are 0, their pts NaN."""
+
+    first: Ticks
+    end: Ticks
+    reason: str
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VideoEntry(_Record):
+    """What was cached of one video: ticks from 0 on, those that are unreadable, and what else is to be known.
+
+    ``needed`` ticks were asked for; where there are fewer, the video ends. ``identity`` is that of
+    `pipeline.identity`, None where the file could not be read when the work was planned.
+    """
+
+    ticks: Ticks
+    needed: Ticks
+    rotation_deg: int
+    identity: str | None
+    unreadable: tuple[Unreadable, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Failure(_Record):
+    """One video or session that is not in its shard, and why."""
+
+    id: str
+    reason: str
+
+
+class Entry(_Record):
+    """One finished file.
+
+    ``key`` is a hash of all that its bytes follow from: a file whose key is another now is made again.
+    ``videos`` and ``batch_size`` are a vision file's.
+    """
+
+    file: Annotated[str, Field(pattern=SHARD_FILE)]
+    bytes: Ticks
+    sha256: str
+    key: str
+    videos: dict[str, VideoEntry] = {}
+    batch_size: int | None = None
+    failures: tuple[Failure, ...] = ()
 
 
 class Ledger:
-    """One JSON line for each finished file; the last line of a file counts. Appended, never rewritten."""
+    """A JSON file for each finished shard file, written after it, so that each is whole however many runs write.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._last: dict[str, dict[str, Any]] = {}
-        self._cut = False  # whether the last line has no end: the next one must not go on in it
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            self._cut = not text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # a line cut short by a kill: its file counts as not finished and is made again
-                self._last[entry["file"]] = entry
+    Raises:
+        UserError: an entry that this version cannot have written.
+    """
 
-    def finished(self, path: Path, key: str) -> dict[str, Any] | None:
-        """The entry of a file that was made from the same input and is still there."""
-        entry = self._last.get(path.name)
-        return entry if entry is not None and entry["key"] == key and path.is_file() else None
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.entries: dict[str, Entry] = {}
+        for name in store.names(FOLDER):
+            if name.endswith(".json") and (entry := self._read(f"{FOLDER}/{name}")) is not None:
+                self.entries[name.removesuffix(".json")] = entry
 
-    def add(self, path: Path, key: str, failures: list[dict[str, str]]) -> None:
-        entry = {"file": path.name, "key": key, "sha256": sha256_of(path), "failures": failures}
-        with self.path.open("a", encoding="utf-8") as file_out:
-            file_out.write("\n" * self._cut + json.dumps(entry) + "\n")
-            file_out.flush()
-            os.fsync(file_out.fileno())
-        self._cut = False
-        self._last[path.name] = entry
+    def finished(self, stem: str, key: str) -> Entry | None:
+        """The entry of a file that was made from the same input and is still there, with all its bytes."""
+        entry = self.entries.get(stem)
+        return entry if entry is not None and entry.key == key and self.is_whole(entry) else None
+
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether its file is there with all its bytes."""
+        return self._store.has(entry.file) and self._store.size(entry.file) == entry.bytes
+
+    def _read(self, name: str) -> Entry | None:
+        """None where another part of an array job is just about to replace it."""
+        try:
+            text = self._store.read_text(name)
+        except UserError:
+            if self._store.has(name):
+                raise
+            return None
+        try:
+            entry = Entry.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"{self._store.url}/{name} is not an entry of this version's ledger ({first['msg']}); remove it, "
+                "and its shard is made again"
+            ) from None
+        if entry.file.rpartition(".")[0] != Path(name).stem:
+            raise UserError(
+                f"{self._store.url}/{name} is about {entry.file!r}; remove it, and its shard is made again"
+            )
+        return entry
+
+
+def record(store: Store, stem: str, entry: Entry) -> None:
+    """Make a file known as finished. Call it when the file lies under its name."""
+    store.write_text(_name(stem), entry.model_dump_json(exclude_defaults=True) + "\n")
+
+
+def forget(store: Store, stem: str) -> None:
+    """A file of which nothing is known is made again. Call it before the file is replaced or removed."""
+    if store.has(_name(stem)):
+        store.remove(_name(stem))
+
+
+def _name(stem: str) -> str:
+    return f"{FOLDER}/{stem}.json"
 
 
 def sha256_of(path: Path) -> str:
     """Hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key_of(*parts: object) -> str:
+    """Hash of anything that JSON can hold, the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,105 +1,54 @@
-"""Shard files: tars that stock WebDataset reads, written by name and read by memory map."""
+"""The feature cache as training reads it: labels by session, features by video and tick."""
 
 from __future__ import annotations
 
-import io
-import json
-import mmap
-import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.copies import local_copy
+from pipeline.h5_shard import H5Shard, H5ShardWriter
+from pipeline.ledger import Entry, Ledger
+from pipeline.shard_reader import Member, ShardReader
+from pipeline.storage import open_store
+from pipeline.tar_shard import TarShard, TarShardWriter
 from schemas.errors import UserError
-from schemas.shards import CHUNK_TICKS, Fingerprint, vision_key
+from schemas.shards import CHUNK_TICKS, Fingerprint, Storage, vision_key
 from schemas.tables import TABLES
 
-
-class TarWriter:
-    """Writes records to a tar with fixed times and owners, so that equal records give equal bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb+")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-
-    def __enter__(self) -> TarWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tar.close()
-        self._file.close()
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add one record; its members lie together, in the order given."""
-        for ending, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{ending}")
-            info.size, info.mode = len(data), 0o644
-            self._tar.addfile(info, io.BytesIO(data))
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Take back the records added inside when an exception leaves the block."""
-        offset = self._tar.offset
-        try:
-            yield
-        except BaseException:
-            self._file.seek(offset)
-            self._file.truncate()
-            self._tar.offset = offset
-            raise
+_LARGEST_SCALE = float(np.finfo(np.float16).max) / 128  # of int8 features
 
 
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """An array as the bytes of a ``.npy`` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+class ShardWriter(Protocol):
+    """Writes the records of one shard file, each under a key of its own."""
+
+    def add(self, key: str, members: Mapping[str, Member]) -> None:
+        """Add one record: arrays, tables, and what JSON can hold, by name.
+
+        Raises:
+            UserError: the key cannot name a record, or there is one of that key.
+        """
 
 
-class TarReader:
-    """Random access to a tar's members without copying them.
+def writer_of(storage: Storage, path: Path) -> AbstractContextManager[ShardWriter]:
+    """A writer of a whole new file; it is readable once the context is left without an exception."""
+    return TarShardWriter(path) if storage == "tar" else H5ShardWriter(path)
+
+
+def reader_of(path: Path) -> ShardReader:
+    """A reader by the file's ending, ``.tar`` or ``.h5``.
 
     Raises:
-        UserError: the file is not a whole tar.
+        UserError: the file is not a whole shard.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with tarfile.open(path) as tar:
-                self.members = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole shard ({error}); run 'dst cache-features' again"
-            ) from None
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def bytes_of(self, name: str) -> memoryview:
-        offset, size = self.members[name]
-        return memoryview(self._map)[offset : offset + size]
-
-    def json_of(self, name: str) -> Any:
-        return json.loads(bytes(self.bytes_of(name)))
-
-    def array_of(self, name: str) -> NDArray[Any]:
-        """A read-only view of a ``.npy`` member in the mapped file."""
-        offset, size = self.members[name]
-        head = io.BytesIO(self.bytes_of(name)[:4096])
-        version = np.lib.format.read_magic(head)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(head)
-        if fortran or dtype.hasobject or head.tell() + int(np.prod(shape)) * dtype.itemsize != size:
-            raise UserError(f"{self.path}: member {name} is not a plain array; make the shard again")
-        return np.ndarray(shape, dtype, self._map, offset + head.tell())
+    return TarShard(path) if path.suffix == ".tar" else H5Shard(path)
 
 
 @dataclass(frozen=True)
@@ -135,79 +84,211 @@ class LabelledSession:
 
 
 class ShardCache:
-    """A folder of finished shard pairs, read by memory map.
+    """The finished shards of a cache, read by memory map.
+
+    Label shards are opened at once, a vision shard when one of its videos is first asked for; a remote one is copied
+    then. A cache may be pickled and forked.
+
+    Args:
+        folder: a folder, or the address of a remote one.
 
     Raises:
-        UserError: the folder is not a cache, holds no finished session, or a shard is damaged.
+        UserError: it is not a cache, holds no finished session, or a shard is not as it was written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self.folder = folder
-        self.fingerprint = Fingerprint.read(folder)
-        self._chunks: dict[str, TarReader] = {}
-        self._sessions: dict[str, TarReader] = {}
-        for path in sorted(folder.glob("vision-*.tar")):
-            reader = TarReader(path)
-            names = (name for name in reader.members if name.endswith(".vision.npy"))
-            self._chunks.update((name.removesuffix(".vision.npy"), reader) for name in names)
-        for path in sorted(folder.glob("labels-*.tar")):
-            reader = TarReader(path)
-            names = (name for name in reader.members if name.endswith(".frames.arrow"))
-            self._sessions.update((name.removesuffix(".frames.arrow"), reader) for name in names)
+        store = open_store(folder)
+        if not store.has("cache.json"):
+            raise UserError(
+                f"{folder} holds no cache.json, so it is not a feature cache; run 'dst cache-features'"
+            )
+        self.fingerprint = Fingerprint.parse(store.read_text("cache.json"), f"{folder}/cache.json")
+        self._finished: dict[str, int] = {}  # bytes of each file
+        self._videos: dict[str, tuple[str, int]] = {}  # where each is, and its ticks
+        self._sessions: dict[str, str] = {}
+        self._readers: dict[str, ShardReader] = {}
+        for entry in Ledger(store).entries.values():
+            self._add(entry)
         if not self._sessions:
             raise UserError(
                 f"{folder} holds no finished session; run 'dst cache-features' and read its summary"
             )
         self.session_ids = sorted(self._sessions)
 
+    def _add(self, entry: Entry) -> None:
+        self._finished[entry.file] = entry.bytes
+        if entry.file.startswith("vision-"):
+            places = {video_id: (entry.file, video.ticks) for video_id, video in entry.videos.items()}
+            self._once(self._videos, places)
+        elif entry.file.startswith("labels-"):
+            self._once(self._sessions, dict.fromkeys(self._reader(entry.file).keys, entry.file))
+
+    def _once(self, places: dict[str, Any], new: dict[str, Any]) -> None:
+        twice = sorted(places.keys() & new.keys())
+        if twice:
+            raise UserError(f"{self.folder} holds {twice[0]!r} in two shards; run 'dst cache-features' again")
+        places.update(new)
+
+    def _reader(self, file: str) -> ShardReader:
+        if file not in self._readers:
+            path = local_copy(f"{self.folder}/{file}")
+            if not path.is_file():
+                raise UserError(f"{path} is not there; run 'dst cache-features' again")
+            size = path.stat().st_size
+            if size != self._finished[file]:
+                raise UserError(
+                    f"{path} has {size} bytes where the ledger says {self._finished[file]}, so it is not a whole "
+                    "shard; copy it again, or remove it and run 'dst cache-features' again"
+                )
+            self._readers[file] = reader_of(path)
+        return self._readers[file]
+
     def session(self, session_id: str) -> LabelledSession:
-        """Read one session's labels."""
-        reader = self._sessions[session_id]
-        with pa.ipc.open_file(pa.py_buffer(reader.bytes_of(f"{session_id}.frames.arrow"))) as file:
-            frames = file.read_all()
-        if not frames.schema.equals(TABLES["frames"]):
-            raise UserError(f"{reader.path}: {session_id} has other columns than this version; make it again")
-        meta, steps, turns = (
-            reader.json_of(f"{session_id}.{part}.json") for part in ("meta", "steps", "turns")
-        )
-        return LabelledSession(meta, steps, turns, frames)
+        """Read one session's labels.
+
+        Raises:
+            UserError: there is no such session, or its parts do not belong together.
+        """
+        if session_id not in self._sessions:
+            raise UserError(
+                f"{self.folder} holds no session {session_id!r}; `session_ids` lists those it has"
+            )
+        reader = self._reader(self._sessions[session_id])
+        meta, steps, turns = (reader.json(session_id, part) for part in ("meta", "steps", "turns"))
+        session = LabelledSession(meta, steps, turns, reader.table(session_id, "frames"))
+        wrong = _what_is_wrong(session_id, session)
+        if wrong:
+            raise UserError(f"{reader.path}: session {session_id} {wrong}; run 'dst cache-features' again")
+        return session
 
     def num_ticks(self, video_id: str) -> int:
         """Ticks of a video that are in the cache, from 0 on; 0 for a video that is not."""
-        total = 0
-        while (name := vision_key(video_id, total // CHUNK_TICKS)) in self._chunks:
-            ticks = len(self._chunks[name].array_of(f"{name}.vision.npy"))
-            total += ticks
-            if ticks < CHUNK_TICKS:
-                break
-        return total
+        return self._videos[video_id][1] if video_id in self._videos else 0
 
-    def features(self, video_id: str, first_tick: int, num_ticks: int) -> NDArray[Any]:
-        """Features of consecutive ticks.
+    def features(
+        self, video_id: str, first_tick: int, num_ticks: int, out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """Features of consecutive ticks; those of a tick that could not be decoded are 0.
+
+        Args:
+            out: where to put them, such as a part of a batch.
 
         Returns:
-            ``[num_ticks, tokens, dim]`` in the cache's dtype; a view where one chunk holds them all.
+            ``[num_ticks, tokens, dim]``, ``out`` where it is given; else a read-only view of the file where one chunk
+            holds all of them as float16.
 
         Raises:
-            UserError: the cache lacks one of the ticks.
+            UserError: the cache lacks one of the ticks, or a chunk is not as the fingerprint says.
         """
-        parts = []
-        tick, end = first_tick, first_tick + num_ticks
-        while tick < end:
-            name = vision_key(video_id, tick // CHUNK_TICKS)
-            offset = tick % CHUNK_TICKS
-            part = self._array(name, video_id, tick)[offset : offset + end - tick]
-            if not len(part):
-                raise UserError(
-                    f"{self.folder} has no features of {video_id} at tick {tick}; run 'dst cache-features'"
-                )
-            parts.append(part)
-            tick += len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = list(self._parts(video_id, first_tick, num_ticks))
+        if out is None:
+            if len(parts) == 1 and parts[0].scale is None:
+                return parts[0].vision
+            out = np.empty((num_ticks, self.fingerprint.tokens_per_frame, self.fingerprint.dim), np.float16)
+        at = 0
+        for part in parts:
+            part.copy_to(out[at : at + len(part.pts)])
+            at += len(part.pts)
+        return out
 
-    def _array(self, name: str, video_id: str, tick: int) -> NDArray[Any]:
-        if name not in self._chunks:
+    def readable(self, video_id: str, first_tick: int, num_ticks: int) -> NDArray[np.bool_]:
+        """Whether each of consecutive ticks could be decoded, bool ``[num_ticks]``.
+
+        Raises:
+            UserError: as `features`.
+        """
+        parts = self._parts(video_id, first_tick, num_ticks)
+        return ~np.isnan(np.concatenate([np.empty(0), *(part.pts for part in parts)]))
+
+    def _parts(self, video_id: str, first_tick: int, num_ticks: int) -> Iterator[_Ticks]:
+        """Consecutive ticks, chunk by chunk."""
+        file, ticks = self._videos.get(video_id, ("", 0))
+        end = first_tick + num_ticks
+        if not 0 <= first_tick <= end <= ticks:
+            tick = first_tick if not 0 <= first_tick <= ticks else ticks
             raise UserError(
                 f"{self.folder} has no features of {video_id} at tick {tick}; run 'dst cache-features'"
             )
-        return self._chunks[name].array_of(f"{name}.vision.npy")
+        for number in range(first_tick // CHUNK_TICKS, -(-end // CHUNK_TICKS)):
+            begin = number * CHUNK_TICKS
+            chunk = self._chunk(file, vision_key(video_id, number), min(CHUNK_TICKS, ticks - begin))
+            yield chunk.between(max(first_tick - begin, 0), end - begin)
+
+    def _chunk(self, file: str, key: str, ticks: int) -> _Ticks:
+        reader = self._reader(file)
+        is_int8 = self.fingerprint.dtype == "int8"
+        tokens, dim = self.fingerprint.tokens_per_frame, self.fingerprint.dim
+        chunk = _Ticks(
+            reader.array(key, "vision"),
+            reader.array(key, "pts"),
+            reader.array(key, "scale") if is_int8 else None,
+        )
+        wanted = [
+            (self.fingerprint.dtype, (ticks, tokens, dim)),
+            ("float64", (ticks,)),
+            ("float32", (ticks, tokens, 1)),
+        ]
+        for array, (dtype, shape) in zip((chunk.vision, chunk.pts, chunk.scale), wanted, strict=True):
+            if array is not None and (array.dtype, array.shape) != (np.dtype(dtype), shape):
+                raise UserError(
+                    f"{reader.path}: record {key} holds {array.dtype} {list(array.shape)} in place of "
+                    f"{dtype} {list(shape)}; remove it and run 'dst cache-features' again"
+                )
+        if chunk.scale is not None and not (np.abs(chunk.scale) <= _LARGEST_SCALE).all():
+            raise UserError(
+                f"{reader.path}: record {key} holds values that float16 cannot hold; "
+                "encode the features with another checkpoint"
+            )
+        return chunk
+
+
+@dataclass(frozen=True)
+class _Ticks:
+    """Consecutive ticks of a chunk, as it holds them: features, presentation times, and the scales of int8."""
+
+    vision: NDArray[Any]
+    pts: NDArray[np.float64]
+    scale: NDArray[np.float32] | None
+
+    def between(self, first: int, end: int) -> _Ticks:
+        here = slice(first, end)
+        return _Ticks(self.vision[here], self.pts[here], None if self.scale is None else self.scale[here])
+
+    def copy_to(self, out: NDArray[np.float16]) -> None:
+        if self.scale is None:
+            out[...] = self.vision
+        else:
+            np.multiply(self.vision, self.scale, out=out, dtype=np.float32, casting="same_kind")
+
+
+def _what_is_wrong(session_id: str, session: LabelledSession) -> str | None:
+    """What would let a reader of the session stumble; what a shard holds may come from anywhere."""
+    for name, rows in (("sessions", [session.meta]), ("steps", session.steps), ("turns", session.turns)):
+        if not _are_rows(name, rows):
+            return f"has {name} that are not rows of that table"
+    if session.session_id != session_id:
+        return f"calls itself {session.session_id!r}"
+    if not session.frames.schema.equals(TABLES["frames"]):
+        return "has other columns than this version writes"
+    ticks = session.frames["tick"].to_numpy()
+    if not np.array_equal(ticks, np.arange(session.first_tick, session.first_tick + session.num_ticks)):
+        return "has not one row of frames for each of its ticks"
+    for name in ("dst_state", "transitions"):
+        if pc.any(pc.not_equal(pc.list_value_length(session.frames[name]), len(session.steps))).as_py():
+            return f"has not one of {name} for each of its {len(session.steps)} steps"
+    return None
+
+
+def _are_rows(name: str, rows: Any) -> bool:
+    """Whether JSON holds rows of a label table; it may hold more than its columns."""
+    schema = TABLES[name]
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and row.keys() >= set(schema.names) for row in rows
+    ):
+        return False
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return False
+    return all(field.nullable or table[field.name].null_count == 0 for field in schema)

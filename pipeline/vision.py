@@ -1,169 +1,225 @@
-"""Frames to features: SmolVLM2's preprocessing, vision tower and connector, and pooling of tokens."""
+"""Frames to features: SmolVLM2's vision tower and connector, and pooling of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from pipeline.preprocess import Preprocessor, read_config
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from schemas.shards import ComputeType, Filter
+
 _PARTS = {"model.vision_model.": "vision_model", "model.connector.": "connector"}
+_COMPUTE_TYPES: tuple[ComputeType, ...] = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Preprocessor:
-    """What SmolVLM's image processor does to one frame when it does not split it into tiles.
+class Pending:
+    """A batch that `VisionEncoder.start` began; `VisionEncoder.finish` takes it."""
 
-    Two Lanczos resizes, first to ``longest_edge`` with the aspect kept, then to a ``square``; after that
-    ``(value / 255 - mean) / std``. The first resize upscales small frames, as the processor does.
-    """
-
-    longest_edge: int
-    square: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale: float
-
-    @classmethod
-    def read(cls, folder: Path) -> Preprocessor:
-        """From a checkpoint's ``preprocessor_config.json``.
-
-        Raises:
-            UserError: the file is missing or asks for another filter than Lanczos.
-        """
-        path = folder / "preprocessor_config.json"
-        if not path.is_file():
-            raise UserError(
-                f"{folder} has no preprocessor_config.json; give a SmolVLM2 checkpoint with --model"
-            )
-        raw = _read_json(path)
-        lacking = {"size", "max_image_size", "image_mean", "image_std"} - raw.keys()
-        if lacking:
-            raise UserError(f"{path} lacks {min(lacking)}; give a SmolVLM2 checkpoint with --model")
-        if raw.get("resample", 1) != Image.Resampling.LANCZOS:
-            raise UserError(f"{path} asks for resample {raw['resample']}; only 1 (Lanczos) is supported")
-        return cls(
-            longest_edge=raw["size"]["longest_edge"],
-            square=raw["max_image_size"]["longest_edge"],
-            mean=tuple(raw["image_mean"]),
-            std=tuple(raw["image_std"]),
-            rescale=raw.get("rescale_factor", 1 / 255),
-        )
-
-    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """One frame RGB uint8 ``[H, W, 3]`` to uint8 ``[S, S, 3]``."""
-        height, width = image.shape[:2]
-        longest = (self._scaled(height, width), self.longest_edge)
-        size = longest if height > width else longest[::-1]  # PIL takes (width, height)
-        picture = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-        return np.asarray(picture.resize((self.square, self.square), Image.Resampling.LANCZOS))
-
-    def _scaled(self, height: int, width: int) -> int:
-        """The shorter edge after the first resize: cut to an integer, then made even."""
-        aspect = width / height
-        edge = int(self.longest_edge / aspect) if width >= height else int(self.longest_edge * aspect)
-        return max(edge + edge % 2, 1)
-
-    def fingerprint(self) -> dict[str, int | float | str | list[float]]:
-        return {
-            "filter": "lanczos",
-            "longest_edge": self.longest_edge,
-            "square": self.square,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "rescale": self.rescale,
-        }
+    features: (
+        torch.Tensor
+    )  # float32 in this computer's memory, of the frames and perhaps of padding after them
+    frames: int
+    copied: torch.cuda.Event | None  # when a GPU has written the features
 
 
 class VisionEncoder:
     """Vision tower and connector of a checkpoint; the language model is not loaded.
 
+    A frame's features do not depend on the frames around it: a GPU sees batches of one shape only, short ones padded,
+    and on a CPU each frame is computed alone, by one thread, several frames at once. So a CPU's features do not depend
+    on the number of its threads either (sums would be split otherwise); they do on its kind.
+
     Attributes:
         name: where to find the checkpoint again.
         tokens: features a frame after the connector (before pooling).
         dim: width of a feature, the language model's hidden size.
-        sha256: hash of all weights, names and shapes included.
+        compute: the type that weights and activations have.
+        batch_size: the most frames that `start` takes.
+        sha256: hash of all weights as the checkpoint holds them, names and shapes included.
     """
 
     def __init__(
-        self, folder: Path, device: str, tokens_per_frame: int | None = None, name: str | None = None
+        self,
+        folder: Path,
+        device: str,
+        tokens_per_frame: int | None = None,
+        name: str | None = None,
+        *,
+        filter: Filter = "lanczos",
+        compute: ComputeType | None = None,
+        batch_size: int = 16,
     ) -> None:
         """Load from a local checkpoint folder; ``name`` is what the user calls it, where that differs.
 
+        Args:
+            compute: None chooses by what the device can do.
+
         Raises:
-            UserError: no SmolVLM checkpoint, weights missing, or a number of tokens the grid does not pool to.
+            UserError: no SmolVLM checkpoint, weights missing, a number of tokens the grid does not pool to, or a
+                type that the device cannot compute in.
         """
         import torch
         from transformers import SmolVLMConfig
-        from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
-        raw = _read_json(folder / "config.json")
+        raw = read_config(folder / "config.json")
         if "vision_config" not in raw or "scale_factor" not in raw:
             raise UserError(f"{folder} is not a SmolVLM checkpoint (model type {raw.get('model_type')!r})")
         config = SmolVLMConfig.from_pretrained(folder)
         self.name = name or str(folder)
-        self.preprocessor = Preprocessor.read(folder)
+        self.preprocessor = Preprocessor.read(folder, filter)
         if self.preprocessor.square != config.vision_config.image_size:
             raise UserError(
                 f"{folder} resizes to {self.preprocessor.square} pixels, but its tower takes "
                 f"{config.vision_config.image_size}; mend max_image_size in preprocessor_config.json"
             )
-        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
-        self.device, self.tokens, self.dim = device, side * side, config.text_config.hidden_size
+        self._patches = config.vision_config.image_size // config.vision_config.patch_size
+        side = self._patches // config.scale_factor
+        self.tokens, self.dim = side * side, config.text_config.hidden_size
         self.tokens_per_frame = self.tokens if tokens_per_frame is None else tokens_per_frame
         self.pool = _pool_window(side, self.tokens_per_frame)
-        with torch.device("meta"):
-            self._modules: dict[str, Any] = {
-                "vision_model": SmolVLMVisionTransformer._from_config(config.vision_config),
-                "connector": SmolVLMConnector(config),
-            }
-        weights = _load_weights(folder)
-        digest = hashlib.sha256()
-        for name, module in self._modules.items():
-            state = weights[name]
-            missing = set(module.state_dict()) - set(state)
-            if missing:
-                raise UserError(
-                    f"{folder} lacks {len(missing)} tensors of the {name}, such as {min(missing)}"
-                )
-            for key in sorted(state):
-                tensor = state[key].contiguous()
-                digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.view(torch.uint8).numpy().data)
-            module.load_state_dict({k: v.to(torch.float32) for k, v in state.items()}, assign=True)
-            module.to(device).eval()
-        self.sha256 = digest.hexdigest()
+        self.device, self.batch_size = device, batch_size
+        self.compute = choose_compute(device) if compute is None else _checked_compute(compute, device)
+        self._type: torch.dtype = getattr(torch, self.compute)
+        self._is_gpu = torch.device(device).type == "cuda"
+        self._threads = ThreadPoolExecutor(torch.get_num_threads())  # those of a CPU; a GPU starts none
+        self._tower, self._connector, self.sha256 = _load(folder, config)
+        for module in (self._tower, self._connector):
+            module.to(device, self._type).eval()
+        self._mean = torch.tensor(self.preprocessor.mean, device=device)
+        self._std = torch.tensor(self.preprocessor.std, device=device)
 
-    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features of resized frames.
+    def start(self, frames: NDArray[np.uint8]) -> Pending:
+        """Begin to encode a batch. A GPU goes on with it after this has returned; a CPU is done by then.
 
         Args:
-            frames: uint8 ``[N, S, S, 3]`` from `Preprocessor.resize`.
+            frames: uint8 ``[n, S, S, 3]`` from `Preprocessor.resize`, n at most ``batch_size``. They may be
+                overwritten once this has returned.
+        """
+        side = self.preprocessor.square
+        if len(frames) > self.batch_size or frames.shape[1:] != (side, side, 3) or frames.dtype != np.uint8:
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}")
+        return self._start_on_gpu(frames) if self._is_gpu else self._encode_on_cpu(frames)
+
+    def finish(self, pending: Pending) -> NDArray[np.float32]:
+        """Wait for a batch.
 
         Returns:
-            float32 ``[N, tokens_per_frame, dim]``, after the connector, averaged over the token grid.
+            float32 ``[n, tokens_per_frame, dim]``, after the connector, averaged over the token grid.
+        """
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        return np.array(pending.features[: pending.frames].numpy())  # a copy: pinned memory is scarce
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features of any number of frames, as `start` and `finish` give them for batches."""
+        features = np.empty((len(frames), self.tokens_per_frame, self.dim), np.float32)
+        for first in range(0, len(frames), self.batch_size):
+            batch = frames[first : first + self.batch_size]
+            features[first : first + len(batch)] = self.finish(self.start(batch))
+        return features
+
+    def _start_on_gpu(self, frames: NDArray[np.uint8]) -> Pending:
+        import torch
+
+        # Pinned memory is copied while this thread goes on; torch gives it out again only after the copy is done.
+        batch = torch.empty((self.batch_size, *frames.shape[1:]), dtype=torch.uint8, pin_memory=True)
+        rows = batch.numpy()
+        rows[: len(frames)], rows[len(frames) :] = frames, 0
+        # float32 means float32, not the patches in TF32; and one kernel, not whichever is found to be fastest
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
+            features = self._features(batch.to(self.device, non_blocking=True))
+            here = torch.empty(features.shape, dtype=torch.float32, pin_memory=True)
+            here.copy_(features, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return Pending(here, len(frames), copied)
+
+    def _encode_on_cpu(self, frames: NDArray[np.uint8]) -> Pending:
+        import torch
+
+        features = torch.empty((len(frames), self.tokens_per_frame, self.dim))
+
+        def encode(number: int) -> None:
+            with torch.inference_mode():  # which is each thread's own
+                features[number] = self._features(torch.tensor(frames[number])[None])[0]
+
+        with _one_thread_an_operation():
+            list(self._threads.map(encode, range(len(frames))))  # raises what a thread raised
+        return Pending(features, len(frames), None)
+
+    def _features(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 ``[n, S, S, 3]`` to float32 ``[n, tokens_per_frame, dim]``, both on the device.
+
+        The tower's parts are called one by one: as a whole it looks at a mask of patches, for which a GPU's host
+        would have to wait. No patch is masked here.
         """
         import torch
 
-        with torch.inference_mode():
-            pixels = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).to(torch.float32)
-            mean = torch.tensor(self.preprocessor.mean, device=self.device)[:, None, None]
-            std = torch.tensor(self.preprocessor.std, device=self.device)[:, None, None]
-            pixels = ((pixels * self.preprocessor.rescale - mean) / std).contiguous()
-            hidden = self._modules["vision_model"](pixel_values=pixels).last_hidden_state
-            features = pool_tokens(self._modules["connector"](hidden), self.pool)
-            return features.float().cpu().numpy()
+        pixels = (frames.to(torch.float32) * self.preprocessor.rescale - self._mean) / self._std
+        pixels = pixels.permute(0, 3, 1, 2).to(self._type).contiguous()
+        every_patch = torch.ones(
+            (len(frames), self._patches, self._patches), dtype=torch.bool, device=frames.device
+        )
+        hidden = self._tower.embeddings(pixel_values=pixels, patch_attention_mask=every_patch)
+        hidden = self._tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        features = self._connector(self._tower.post_layernorm(hidden))
+        return pool_tokens(features.to(torch.float32), self.pool)
+
+
+def choose_compute(device: str) -> ComputeType:
+    """The fastest type that a device computes in by itself: bfloat16 from Ampere on, float16 on Volta and Turing."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return "float32"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if capability >= (7, 0) else "float32"
+
+
+def _checked_compute(compute: ComputeType, device: str) -> ComputeType:
+    import torch
+
+    if compute not in _COMPUTE_TYPES:
+        raise UserError(f"unknown --compute {compute!r}; use {', '.join(_COMPUTE_TYPES)}")
+    if compute == "bfloat16" and torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise UserError(
+                f"--compute bfloat16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
+                "use float16 or float32"
+            )
+    return compute
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Threads that torch meets in here for the first time stay so; this one gets its number back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pool_tokens(features: torch.Tensor, window: int) -> torch.Tensor:
@@ -184,12 +240,34 @@ def _pool_window(side: int, tokens_per_frame: int) -> int:
     return side // math.isqrt(tokens_per_frame)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download the checkpoint again") from None
-    return raw if isinstance(raw, dict) else {}
+def _load(folder: Path, config: Any) -> tuple[Any, Any, str]:
+    """Tower and connector with their weights as stored, and the weights' hash."""
+    import torch
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
+
+    with torch.device("meta"):
+        modules: dict[str, Any] = {
+            "vision_model": SmolVLMVisionTransformer._from_config(config.vision_config),
+            "connector": SmolVLMConnector(config),
+        }
+    weights = _load_weights(folder)
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        state = weights[name]
+        wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        if missing := wanted.keys() - state.keys():
+            raise UserError(f"{folder} lacks {len(missing)} tensors of the {name}, such as {min(missing)}")
+        if other := [key for key in sorted(state) if state[key].shape != wanted.get(key)]:
+            raise UserError(
+                f"{folder} holds {len(other)} tensors of the {name} that do not go with its config.json, such as "
+                f"{other[0]}; download the checkpoint again"
+            )
+        for key in sorted(state):
+            tensor = state[key].contiguous()
+            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+        module.load_state_dict(state, assign=True)
+    return modules["vision_model"], modules["connector"], digest.hexdigest()
 
 
 def _load_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

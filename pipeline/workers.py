@@ -20,6 +20,12 @@ Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+
+def available_cores() -> int:
+    """Cores this process may use: what a cluster's job was given, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _AHEAD = 2  # items a process may be ahead of the one whose result is awaited
 _shared: Any = None
 
@@ -80,15 +86,20 @@ def _interrupts_held_back() -> Iterator[None]:
 def _start(shared: Any) -> None:
     global _shared
     _shared = shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended: one that was killed cannot tell."""
     parent = parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    sentinel = parent.sentinel
+
+    def wait() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run(work: Callable[[Any, Item], Result], item: Item) -> Result:

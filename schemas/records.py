@@ -41,13 +41,14 @@ def joined_uri(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else _JOINED + "|".join(map(str, paths))
 
 
+def video_parts(uri: str) -> list[str]:
+    """The uris of a video's files, in order: paths, or urls such as ``s3://bucket/part.mp4``."""
+    return uri.removeprefix(_JOINED).split("|") if uri.startswith(_JOINED) else [uri]
+
+
 def video_files(uri: str) -> list[Path]:
-    """The files of a video, in order."""
-    return (
-        [Path(part) for part in uri.removeprefix(_JOINED).split("|")]
-        if uri.startswith(_JOINED)
-        else [Path(uri)]
-    )
+    """The files of a video that lies here, in order."""
+    return [Path(part) for part in video_parts(uri)]
 
 
 @dataclass(frozen=True)

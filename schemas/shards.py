@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +13,12 @@ from schemas.files import write_text
 
 CHUNK_TICKS = 64
 """Ticks of a video in one vision record."""
+
+Storage = Literal["tar", "h5"]
+FeatureType = Literal["float16", "int8"]
+ComputeType = Literal["float32", "bfloat16", "float16"]
+Decoder = Literal["pyav", "decord"]
+Filter = Literal["lanczos", "bicubic"]
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 
@@ -32,26 +39,33 @@ def shard_stem(kind: str, number: int) -> str:
 
 
 class Fingerprint(BaseModel):
-    """What features depend on. Two caches mix only when all of it but ``model`` is equal."""
+    """What features depend on, and how they are kept. A cache holds shards of one fingerprint, ``model`` apart."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format: Literal[2] = 2
     model: str  # where the checkpoint was found: what `dst train` takes unless told otherwise
     vision_sha256: str  # of the tensors of vision tower and connector
     preprocessing: dict[str, int | float | str | list[float]]
+    decoder: Decoder = "pyav"
+    compute: ComputeType = "float32"  # what the tower computed in
     tick_hz: float
     tokens_per_frame: int
     dim: int
-    dtype: str = "float16"
+    dtype: FeatureType = "float16"
+    storage: Storage = "tar"
     chunk_ticks: int = CHUNK_TICKS
 
+    def text(self) -> str:
+        """As ``cache.json`` holds it."""
+        return self.model_dump_json(indent=2) + "\n"
+
     def write(self, folder: Path) -> None:
-        write_text(folder / "cache.json", self.model_dump_json(indent=2) + "\n")
+        write_text(folder / "cache.json", self.text())
 
     @classmethod
     def read(cls, folder: Path) -> Fingerprint:
-        """Read a cache's fingerprint.
+        """Read a local cache's fingerprint.
 
         Raises:
             UserError: the folder is not a cache, or one of another version.
@@ -61,14 +75,28 @@ class Fingerprint(BaseModel):
             raise UserError(
                 f"{folder} holds no cache.json, so it is not a feature cache; run 'dst cache-features'"
             )
+        return cls.parse(path.read_text(encoding="utf-8", errors="replace"), path)
+
+    @classmethod
+    def parse(cls, text: str, where: str | Path) -> Fingerprint:
+        """The fingerprint in the text of ``where``.
+
+        Raises:
+            UserError: it is not one of this version.
+        """
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(text)
         except ValueError as error:
+            reason = "; ".join(str(error).splitlines()[1:3]) or str(error)
             raise UserError(
-                f"{path} is not a fingerprint of this version ({str(error).splitlines()[0]})"
+                f"{where} is not a fingerprint of this version ({' '.join(reason.split())}); make the cache again"
             ) from None
 
-    def require_equal(self, other: Fingerprint, folder: Path) -> None:
+    def bytes_per_tick(self) -> int:
+        """Of the features of one tick, headers apart."""
+        return self.tokens_per_frame * (self.dim * 2 if self.dtype == "float16" else self.dim + 4)
+
+    def require_equal(self, other: Fingerprint, where: str | Path) -> None:
         """Refuse to mix caches.
 
         Raises:
@@ -80,6 +108,6 @@ class Fingerprint(BaseModel):
         ]
         if differing:
             raise UserError(
-                f"{folder} was made with other settings ({'; '.join(differing)}); "
+                f"{where} was made with other settings ({'; '.join(differing)}); "
                 "use the same ones, or another --out"
             )

@@ -215,7 +215,9 @@ def read_table(folder: Path, name: str) -> pa.Table:
         UserError: as `open_table`.
     """
     with open_table(folder, name) as path:
-        return pq.read_table(path)
+        table = pq.read_table(path)
+        table.validate(full=True)  # a text that is not UTF-8 would only be found when it is used
+        return table
 
 
 @contextmanager
@@ -232,7 +234,7 @@ def open_table(folder: Path, name: str) -> Iterator[Path]:
         if not pq.read_schema(path).equals(TABLES[name]):
             raise UserError(f"{path} has other columns than this version writes; run 'dst prepare' again")
         yield path
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         sentence = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({sentence}); run 'dst prepare' again") from None
 

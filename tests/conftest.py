@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import cache_features
+from pipeline.engines import Here
 from pipeline.prepare import prepare
 from pipeline.presets import init_model
 from pipeline.sample.corpus import write_sample
+from pipeline.todo import CacheOptions
 from pipeline.vision import VisionEncoder
 from schemas.clock import Clock
 
@@ -42,6 +44,6 @@ def labels(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(labels: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The feature cache of ``labels`` with ``tiny_model``. Read it, do not change it."""
     folder = tmp_path_factory.mktemp("cache") / "shards"
-    summary = cache_features(labels, folder, VisionEncoder(tiny_model, "cpu"))
+    summary = cache_features(labels, folder, Here(VisionEncoder(tiny_model, "cpu")), CacheOptions(workers=2))
     assert summary.failures == []
     return folder

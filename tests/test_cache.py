@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset as wds
+from little import make_video, write_tables
 from numpy.typing import NDArray
 from transformers import SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from pipeline.cache import Summary, cache_features
-from pipeline.ledger import Ledger
-from pipeline.plan import LabelTables, ShardPlan, plan_shards
-from pipeline.shards import ShardCache, TarReader, TarWriter, npy_bytes
+from pipeline.cache import Summary, cache_features, dry_run
+from pipeline.engines import Here
+from pipeline.estimate import Estimate
+from pipeline.ledger import Failure, Unreadable
+from pipeline.plan import LabelTables, plan_shards
+from pipeline.shards import ShardCache
+from pipeline.todo import CacheOptions
 from pipeline.vision import VisionEncoder
 from schemas.errors import UserError
 from schemas.tables import TABLES, LabelWriter, validate_labels
@@ -41,14 +45,22 @@ def encoder(tiny_model: Path) -> VisionEncoder:
     return VisionEncoder(tiny_model, "cpu")
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A video for each shard, without the megabytes that takes."""
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Label tables of three short videos, each with two sessions; the second video takes two chunks."""
+    folder = tmp_path_factory.mktemp("few")
+    videos = [
+        make_video(folder / "videos", name, ticks, ticks) for name, ticks in (("a", 12), ("b", 70), ("c", 9))
+    ]
+    return write_tables(folder / "labels", videos, source=SOURCE)
 
-    def plan(tables: LabelTables, bytes_per_tick: int, shard_mb: int) -> list[ShardPlan]:
-        return plan_shards(tables, 20 * bytes_per_tick, shard_mb)
 
-    monkeypatch.setattr("pipeline.cache.plan_shards", plan)
+SMALL: Any = 0.02
+"""MB of a shard, which has room for one of the first two videos of ``few``."""
+
+
+def made(labels: Path, out: Path, encoder: VisionEncoder, **options: Any) -> Summary:
+    return cache_features(labels, out, Here(encoder), CacheOptions(**({"workers": 2} | options)))
 
 
 def rows_of(labels: Path, name: str, source: str = SOURCE) -> Rows:
@@ -98,11 +110,21 @@ def sha256(path: Path) -> str:
 
 
 def files(folder: Path, pattern: str = "*") -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.glob(pattern))}
+    return {path.name: sha256(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def ledger_lines(folder: Path) -> Rows:
-    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+def every_file(folder: Path) -> dict[str, str]:
+    """With the ledger's; the lock is no part of a cache."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / ".lock")
+    return {str(path.relative_to(folder)): sha256(path) for path in paths}
+
+
+def ledger(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "ledger").iterdir())}
+
+
+def ledger_failures(folder: Path) -> list[Failure]:
+    return [Failure(**each) for entry in ledger(folder).values() for each in entry.get("failures", [])]
 
 
 def records(path: Path) -> Rows:
@@ -233,134 +255,171 @@ def test_ticks_that_are_not_there(labels: Path, shards: Path) -> None:
 
 
 def test_finished_shards_are_kept(shards: Path, labels: Path, encoder: VisionEncoder) -> None:
-    before, times = files(shards), {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
-    summary = cache_features(labels, shards, encoder)
+    before = every_file(shards)
+    times = {
+        path: path.stat().st_mtime_ns for path in shards.rglob("*") if path.name not in (".lock", ".work")
+    }
+    told: list[Estimate] = []
+    passed: list[int] = []
+    options = CacheOptions()
+    summary = cache_features(
+        labels, shards, Here(encoder), options, on_estimate=told.append, on_tick=passed.append
+    )
     assert (summary.shards_made, summary.shards_kept, summary.ticks, summary.failures) == (0, 1, 0, [])
-    assert files(shards) == before
-    assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == times
-    assert sorted(before) == ["cache.json", "labels-00000.tar", "ledger.jsonl", "vision-00000.tar"]
+    assert every_file(shards) == before
+    assert {path: path.stat().st_mtime_ns for path in shards.rglob("*") if path in times} == times
+    assert sorted(before) == [
+        "cache.json",
+        "labels-00000.tar",
+        "ledger/labels-00000.json",
+        "ledger/vision-00000.json",
+        "plan.json",
+        "vision-00000.tar",
+    ]
+    ticks = sum(row["last_tick_needed"] + 1 for row in rows_of(labels, "videos"))
+    [estimate] = told
+    assert (estimate.ticks, estimate.ticks_to_encode, sum(passed)) == (ticks, 0, ticks)
+    assert (estimate.shards, estimate.shards_to_make, estimate.bytes_to_write) == (1, 0, 0)
 
 
-def test_a_fresh_run_gives_the_same_bytes(
-    shards: Path, labels: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    cache_features(labels, tmp_path / "again", VisionEncoder(tiny_model, "cpu"))
-    assert files(tmp_path / "again") == files(shards)
-    for line in ledger_lines(shards):
-        assert line["sha256"] == sha256(shards / line["file"])
-        assert line["failures"] == []
+def test_the_ledger_tells_what_is_there(labels: Path, shards: Path) -> None:
+    entries = ledger(shards)
+    for entry in entries.values():
+        path = shards / entry["file"]
+        assert (entry["sha256"], entry["bytes"]) == (sha256(path), path.stat().st_size)
+    rows = rows_of(labels, "videos")
+    videos = entries["vision-00000"]["videos"]
+    assert list(videos) == sorted(row["video_id"] for row in rows)
+    for row in rows:
+        entry, needed = videos[row["video_id"]], row["last_tick_needed"] + 1
+        assert (entry["ticks"], entry["needed"], entry["rotation_deg"]) == (
+            needed,
+            needed,
+            row["rotation_deg"],
+        )
+    assert len({entry["identity"] for entry in videos.values()}) == len(rows)
 
 
-class Killed(BaseException):
+def test_a_fresh_run_gives_the_same_bytes(few: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever frames share a batch, and in whatever order videos are decoded."""
+    made(few, tmp_path / "one", VisionEncoder(tiny_model, "cpu"), workers=1)
+    made(few, tmp_path / "other", VisionEncoder(tiny_model, "cpu", batch_size=5), workers=3)
+    one, other = every_file(tmp_path / "one"), every_file(tmp_path / "other")
+    assert one.pop("ledger/vision-00000.json") != other.pop("ledger/vision-00000.json")
+    assert one == other
+    told, told_too = ledger(tmp_path / "one"), ledger(tmp_path / "other")
+    assert (told["vision-00000"].pop("batch_size"), told_too["vision-00000"].pop("batch_size")) == (16, 5)
+    assert told == told_too
+
+
+class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("batches", [0, 1, 3, 4])
+@pytest.mark.parametrize("batches", [0, 2, 4])
 def test_a_run_that_is_interrupted_and_repeated(
-    labels: Path, encoder: VisionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+    few: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
-    """Interrupted after a number of batches; a file of a run that was killed harder lies about too."""
-    little = some_labels(labels, tmp_path / "labels", slice(0, 2))
-    cache_features(little, tmp_path / "whole", encoder, shard_mb=1, batch_size=64)
+    """After a number of batches; what a run leaves behind that was killed harder is in `test_unbreakable`."""
+    encoder = VisionEncoder(tiny_model, "cpu")
+    little, out = some_labels(few, tmp_path / "labels", slice(0, 2)), tmp_path / "broken"
+    made(little, tmp_path / "whole", encoder, shard_mb=SMALL)
     assert len(files(tmp_path / "whole", "*.tar")) == 4
-    out = tmp_path / "broken"
     done: list[int] = []
-    encode = VisionEncoder.encode
+    begin = VisionEncoder.start
 
-    def killed(self: VisionEncoder, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def interrupted(self: VisionEncoder, frames: NDArray[np.uint8]) -> Any:
         if len(done) == batches:
-            raise Killed
+            raise Interrupted
         done.append(len(frames))
-        return encode(self, frames)
+        return begin(self, frames)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VisionEncoder, "encode", killed)
-        with pytest.raises(Killed):
-            cache_features(little, out, encoder, shard_mb=1, batch_size=64)
-    for path in out.glob("*.tar"):  # what is there by its name is whole
-        assert sha256(path) == sha256(tmp_path / "whole" / path.name)
-    assert not list(out.glob(".*"))
-    (out / ".vision-00000.tar.tmp").write_bytes(b"half a shard")
-    summary = cache_features(little, out, encoder, shard_mb=1, batch_size=64)
-    assert summary.failures == []
-    assert files(out, "*.tar") == files(tmp_path / "whole", "*.tar")
+        patch.setattr(VisionEncoder, "start", interrupted)
+        with pytest.raises(Interrupted):
+            made(little, out, encoder, shard_mb=SMALL)
+    there, whole = every_file(out), every_file(tmp_path / "whole")
+    assert there.items() <= whole.items()  # what is there by its name is whole
+    assert len(there) < len(whole)
+    assert list((out / ".work").iterdir()) == []
+    assert made(little, out, encoder, shard_mb=SMALL).failures == []
+    assert every_file(out) == whole
 
 
-@pytest.mark.parametrize("keep", ["nothing", "half a line"])
-def test_a_ledger_cut_short(labels: Path, encoder: VisionEncoder, tmp_path: Path, keep: str) -> None:
-    """The shard of a line that is not whole is made again; lines after it are read."""
-    little, out = some_labels(labels, tmp_path / "labels", slice(0, 1)), tmp_path / "out"
-    cache_features(little, out, encoder)
-    before, ledger = files(out, "*.tar"), out / "ledger.jsonl"
-    first, second = ledger.read_text().splitlines()
-    ledger.write_text(first + "\n" + (second[: len(second) // 2] if keep == "half a line" else ""))
-    summary = cache_features(little, out, encoder)
-    assert (summary.shards_made, summary.shards_kept) == (0, 1)
-    assert files(out, "*.tar") == before
-    last = {line["file"]: line for line in readable_lines(ledger)}
-    assert last == {line["file"]: line for line in (json.loads(first), json.loads(second))}
-    assert {name: line["sha256"] for name, line in last.items()} == before
-    assert cache_features(little, out, encoder).shards_kept == 1
-    assert len(readable_lines(ledger)) == 2  # nothing was made a third time
+@pytest.mark.parametrize("gone", ["vision-00000", "labels-00000"])
+def test_a_file_that_the_ledger_does_not_know(
+    few: Path, encoder: VisionEncoder, tmp_path: Path, gone: str
+) -> None:
+    """It may be anything: it is made again."""
+    little, out = some_labels(few, tmp_path / "labels", slice(1, 2)), tmp_path / "out"
+    made(little, out, encoder)
+    before = every_file(out)
+    (out / "ledger" / f"{gone}.json").unlink()
+    (out / f"{gone}.tar").write_bytes(b"half a shard")
+    summary = made(little, out, encoder)
+    assert (summary.shards_made, summary.shards_kept) == ((1, 0) if gone == "vision-00000" else (0, 1))
+    assert every_file(out) == before
 
 
-def readable_lines(ledger: Path) -> Rows:
-    lines = []
-    for line in ledger.read_text().splitlines():
-        with suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+def test_a_ledger_of_something_else(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    little, out = some_labels(few, tmp_path / "labels", slice(1, 2)), tmp_path / "out"
+    made(little, out, encoder)
+    before, path = every_file(out), out / "ledger" / "vision-00000.json"
+    text = path.read_text()
+    for wrong in (text[: len(text) // 2], "{}", text.replace('"bytes":', '"bytes":-')):
+        path.write_text(wrong)
+        with pytest.raises(
+            UserError, match=r"ledger/vision-00000\.json is not an entry .*; remove it, and its shard"
+        ):
+            made(little, out, encoder)
+    path.write_text(text.replace('"file":"vision-00000.tar"', '"file":"vision-00001.tar"'))
+    with pytest.raises(UserError, match=r"ledger/vision-00000\.json is about 'vision-00001\.tar'; remove it"):
+        made(little, out, encoder)
+    path.unlink()
+    assert made(little, out, encoder).shards_made == 1
+    assert every_file(out) == before
 
 
-def test_the_last_line_of_a_file_counts(tmp_path: Path) -> None:
-    """Also where a line was cut short; the text is appended to, never rewritten."""
-    path, shard = tmp_path / "ledger.jsonl", tmp_path / "a.tar"
-    shard.write_bytes(b"one")
-    Ledger(path).add(shard, "first key", [])
-    path.write_text(path.read_text()[:-20])
-    assert Ledger(path).finished(shard, "first key") is None
-    cut = path.read_text()
-    ledger = Ledger(path)
-    ledger.add(shard, "old key", [])
-    ledger.add(shard, "new key", [{"id": "v", "reason": "r"}])
-    assert path.read_text().startswith(cut + "\n")
-    again = Ledger(path)
-    assert again.finished(shard, "old key") is None
-    entry = again.finished(shard, "new key")
-    assert entry is not None
-    assert (entry["failures"], entry["sha256"]) == (
-        [{"id": "v", "reason": "r"}],
-        hashlib.sha256(b"one").hexdigest(),
-    )
-    shard.unlink()
-    assert again.finished(shard, "new key") is None
-
-
-def test_a_shard_that_was_removed_is_made_again(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
-    little, out = some_labels(labels, tmp_path / "labels", slice(0, 1)), tmp_path / "out"
-    cache_features(little, out, encoder)
+def test_a_shard_that_was_removed_is_made_again(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    little, out = some_labels(few, tmp_path / "labels", slice(0, 1)), tmp_path / "out"
+    made(little, out, encoder)
     before = files(out, "*.tar")
     (out / "vision-00000.tar").unlink()
-    assert cache_features(little, out, encoder).shards_made == 1
+    assert made(little, out, encoder).shards_made == 1
     (out / "labels-00000.tar").unlink()
-    assert cache_features(little, out, encoder).shards_kept == 1
+    assert made(little, out, encoder).shards_kept == 1
     assert files(out, "*.tar") == before
+    (out / "vision-00000.tar").write_bytes((out / "vision-00000.tar").read_bytes()[:-1])
+    assert made(little, out, encoder).shards_made == 1
+    assert files(out, "*.tar") == before
+
+
+def test_a_folder_of_something_else(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    little, out = some_labels(few, tmp_path / "labels", slice(1, 2)), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    for run in (
+        lambda: made(little, out, encoder),
+        lambda: dry_run(little, out, Here(encoder), CacheOptions()),
+    ):
+        with pytest.raises(UserError, match=r"holds 'thesis\.tex' but no cache\.json, .* give another --out"):
+            run()
+    assert list(every_file(out)) == ["thesis.tex"]
 
 
 def test_other_settings_are_refused(
     shards: Path, labels: Path, tiny_model: Path, tmp_path: Path, encoder: VisionEncoder
 ) -> None:
-    before = files(shards)
+    before = every_file(shards)
     with pytest.raises(UserError, match=r"tokens_per_frame: 4 there, 1 now.*another --out"):
-        cache_features(labels, shards, VisionEncoder(tiny_model, "cpu", tokens_per_frame=1))
+        made(labels, shards, VisionEncoder(tiny_model, "cpu", tokens_per_frame=1))
     other = shutil.copytree(tiny_model, tmp_path / "other")
     config = json.loads((other / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0.4, 0.5, 0.5]}))
     with pytest.raises(
         UserError, match=r"preprocessing: .*\[0\.5, 0\.5, 0\.5\].* there, .*\[0\.4, 0\.5, 0\.5\]"
     ):
-        cache_features(labels, shards, VisionEncoder(other, "cpu"))
+        made(labels, shards, VisionEncoder(other, "cpu"))
     weights = bytearray((tiny_model / "model.safetensors").read_bytes())
     header = int.from_bytes(weights[:8], "little")
     place = json.loads(weights[8 : 8 + header])["model.connector.modality_projection.proj.weight"]
@@ -369,11 +428,13 @@ def test_other_settings_are_refused(
     (other / "model.safetensors").write_bytes(weights)
     changed = VisionEncoder(other, "cpu")
     with pytest.raises(UserError, match=f"vision_sha256: {encoder.sha256} there, {changed.sha256} now"):
-        cache_features(labels, shards, changed)
+        made(labels, shards, changed)
     slow = some_labels(labels, tmp_path / "slow", slice(0, 1), change=with_rate(4.0))
     with pytest.raises(UserError, match=r"tick_hz: 2\.0 there, 4\.0 now"):
-        cache_features(slow, shards, encoder)
-    assert files(shards) == before
+        made(slow, shards, encoder)
+    with pytest.raises(UserError, match=r"dtype: float16 there, int8 now; storage: tar there, h5 now"):
+        made(labels, shards, encoder, dtype="int8", storage="h5")
+    assert every_file(shards) == before
 
 
 def with_rate(hz: float) -> Callable[[str, Rows], Rows]:
@@ -385,7 +446,7 @@ def with_rate(hz: float) -> Callable[[str, Rows], Rows]:
 
 def test_pooled_tokens(labels: Path, shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     little = some_labels(labels, tmp_path / "labels", slice(0, 1))
-    cache_features(little, tmp_path / "out", VisionEncoder(tiny_model, "cpu", tokens_per_frame=1))
+    made(little, tmp_path / "out", VisionEncoder(tiny_model, "cpu", tokens_per_frame=1))
     [video] = rows_of(little, "videos")
     pooled = ShardCache(tmp_path / "out").features(video["video_id"], 0, 80)
     every = ShardCache(shards).features(video["video_id"], 0, 80)
@@ -396,16 +457,16 @@ def test_pooled_tokens(labels: Path, shards: Path, tiny_model: Path, tmp_path: P
 # ---- relabelling
 
 
-def test_new_labels_leave_the_vision_shards(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_new_labels_leave_the_vision_shards(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
     out, tables = tmp_path / "out", tmp_path / "labels"
-    cache_features(some_labels(labels, tables, slice(0, 2)), out, encoder)
+    made(some_labels(few, tables, slice(0, 2)), out, encoder)
     before, stamp = files(out, "*.tar"), (out / "vision-00000.tar").stat().st_mtime_ns
 
     def another_word(name: str, rows: Rows) -> Rows:
         return [rows[0] | {"text": "Quite another word."}, *rows[1:]] if name == "turns" else rows
 
-    some_labels(labels, tables, slice(0, 2), change=another_word)
-    summary = cache_features(tables, out, encoder)
+    some_labels(few, tables, slice(0, 2), change=another_word)
+    summary = made(tables, out, encoder)
     assert (summary.ticks, summary.shards_kept, summary.failures) == (0, 1, [])
     after = files(out, "*.tar")
     assert after["vision-00000.tar"] == before["vision-00000.tar"]
@@ -413,8 +474,8 @@ def test_new_labels_leave_the_vision_shards(labels: Path, encoder: VisionEncoder
     assert after["labels-00000.tar"] != before["labels-00000.tar"]
     turns = [turn for record in records(out / "labels-00000.tar") for turn in record["turns.json"]]
     assert [turn["text"] for turn in turns].count("Quite another word.") == 1
-    some_labels(labels, tables, slice(0, 2))
-    cache_features(tables, out, encoder)
+    some_labels(few, tables, slice(0, 2))
+    made(tables, out, encoder)
     assert files(out, "*.tar") == before
 
 
@@ -432,88 +493,102 @@ def break_inside(video: Path, copy: Path) -> Path:
     return copy
 
 
-def check_failed_video(
-    out: Path, summary: Summary, video: dict[str, Any], sessions: Rows, alone: Path, reason: str
-) -> None:
-    """One failed, with its sessions; the shards hold the others as if it had never been there."""
-    of_it = sorted(row["session_id"] for row in sessions if row["video_id"] == video["video_id"])
-    assert [failure["id"] for failure in summary.failures] == [video["video_id"], *of_it]
-    assert reason in summary.failures[0]["reason"]
-    for failure, session_id in zip(summary.failures[1:], of_it, strict=True):
-        [row] = [row for row in sessions if row["session_id"] == session_id]
-        needed = row["first_tick"] + row["num_ticks"]
-        assert failure["reason"] == f"needs {needed} ticks of {video['video_id']}, the video has 0"
-    listed = [failure for line in ledger_lines(out) for failure in line["failures"]]
-    assert listed == summary.failures
-    assert files(out, "*.tar") == files(alone, "*.tar")
-    assert sorted(path.name for path in out.iterdir()) == [
-        "cache.json",
-        "labels-00000.tar",
-        "ledger.jsonl",
-        "vision-00000.tar",
-    ]
-    with tarfile.open(out / "vision-00000.tar") as tar:
-        assert not [name for name in tar.getnames() if name.startswith(video["video_id"])]
-
-
-@pytest.mark.parametrize("damage", ["missing", "no video", "broken inside"])
-def test_a_video_that_fails(labels: Path, encoder: VisionEncoder, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "no video"])
+def test_a_video_that_fails(few: Path, encoder: VisionEncoder, tmp_path: Path, damage: str) -> None:
     """The first of two, which holds two sessions. With the video back, ``retry_failed`` mends all."""
-    video = min(rows_of(labels, "videos"), key=lambda row: row["video_id"])
+    video = min(rows_of(few, "videos"), key=lambda row: row["video_id"])
     path = tmp_path / "video.mp4"
     if damage == "no video":
         path.write_text("<html>Not found</html>")
-    if damage == "broken inside":
-        break_inside(Path(video["uri"]), path)
-    tables = some_labels(
-        labels, tmp_path / "labels", slice(0, 2), change=with_uris({video["video_id"]: path})
-    )
-    without = some_labels(labels, tmp_path / "without", slice(1, 2))
-    cache_features(without, tmp_path / "alone", encoder)
+    change = with_uris({video["video_id"]: path})
+    tables = some_labels(few, tmp_path / "labels", slice(0, 2), change=change)
+    made(some_labels(few, tmp_path / "without", slice(1, 2)), tmp_path / "alone", encoder)
 
     out = tmp_path / "out"
-    summary = cache_features(tables, out, encoder)
-    reason = {"missing": "is not there", "no video": "cannot be opened", "broken inside": str(path)}[damage]
-    check_failed_video(out, summary, video, rows_of(tables, "sessions"), tmp_path / "alone", reason)
-    again = cache_features(tables, out, encoder)  # kept, and still told
+    summary = made(tables, out, encoder)
+    of_it = [row["session_id"] for row in rows_of(tables, "sessions") if row["video_id"] == video["video_id"]]
+    assert [failure.id for failure in summary.failures] == [video["video_id"], *sorted(of_it)]
+    assert {"missing": f"{path} is not there", "no video": "cannot be opened"}[damage] in summary.failures[
+        0
+    ].reason
+    reason = f"its video {video['video_id']} is not in the cache"
+    assert {failure.reason for failure in summary.failures[1:]} == {reason}
+    assert sorted(ledger_failures(out), key=str) == sorted(summary.failures, key=str)
+    # the shards hold the others as if it had never been there
+    assert files(out, "*.tar") == files(tmp_path / "alone", "*.tar")
+    with tarfile.open(out / "vision-00000.tar") as tar:
+        assert not [name for name in tar.getnames() if name.startswith(video["video_id"])]
+
+    again = made(tables, out, encoder)  # kept, and still told
     assert (again.shards_made, again.shards_kept, again.failures) == (0, 1, summary.failures)
-    still = cache_features(tables, out, encoder, retry_failed=True)
-    assert (still.shards_made, still.failures) == (1, summary.failures)
+    broken = every_file(out)
+    still = made(tables, out, encoder, retry_failed=True)
+    assert (still.shards_made, still.ticks, still.failures) == (1, 0, summary.failures)
+    assert every_file(out) == broken
 
     shutil.copy(video["uri"], path)
-    mended = cache_features(tables, out, encoder, retry_failed=True)
-    assert (mended.shards_made, mended.failures) == (1, [])
-    cache_features(tables, tmp_path / "whole", encoder)
-    assert files(out, "*.tar") == files(tmp_path / "whole", "*.tar")
-    assert cache_features(tables, out, encoder, retry_failed=True).shards_kept == 1
+    mended = made(tables, out, encoder, retry_failed=True)
+    assert (mended.shards_made, mended.ticks, mended.failures) == (1, video["last_tick_needed"] + 1, [])
+    made(tables, tmp_path / "whole", encoder)
+    assert every_file(out) == every_file(tmp_path / "whole")
+    assert made(tables, out, encoder, retry_failed=True).shards_kept == 1
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_retrying_leaves_other_shards(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
-    ids = sorted(row["video_id"] for row in rows_of(labels, "videos"))
+def test_a_video_that_is_damaged_inside(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    """Ticks that cannot be read are told, and cost the session that they are in; all else is there."""
+    video = min(rows_of(labels, "videos"), key=lambda row: row["video_id"])
+    path = break_inside(Path(video["uri"]), tmp_path / "video.mp4")
+    tables = some_labels(
+        labels, tmp_path / "labels", slice(0, 1), change=with_uris({video["video_id"]: path})
+    )
+    early, late = sorted(rows_of(tables, "sessions"), key=lambda row: row["first_tick"])
+    summary = made(tables, tmp_path / "out", encoder)
+    [unreadable] = ledger(tmp_path / "out")["vision-00000"]["videos"][video["video_id"]]["unreadable"]
+    first, end, reason = Unreadable(*unreadable)
+    assert early["first_tick"] + early["num_ticks"] <= first < end <= video["last_tick_needed"]
+    assert str(path) in reason
+    told = f"{video['video_id']}: ticks {first} to {end - 1} cannot be read ({reason})"
+    assert summary.notes == [told]
+    told = f"ticks {first} to {end - 1} of {video['video_id']} cannot be read: {reason}"
+    assert summary.failures == [Failure(id=late["session_id"], reason=told)]
+    made(some_labels(labels, tmp_path / "sound", slice(0, 1)), tmp_path / "whole", encoder)
+    broken, whole = ShardCache(tmp_path / "out"), ShardCache(tmp_path / "whole")
+    assert broken.session_ids == [early["session_id"]]
+    count = video["last_tick_needed"] + 1
+    got, wanted = (cache.features(video["video_id"], 0, count) for cache in (broken, whole))
+    there = broken.readable(video["video_id"], 0, count)
+    assert there.tolist() == [not first <= tick < end for tick in range(count)]
+    np.testing.assert_array_equal(got[there], wanted[there])
+    assert not got[~there].any()
+    pts = np.concatenate([record["pts.npy"] for record in records(tmp_path / "out" / "vision-00000.tar")])
+    assert np.isnan(pts).tolist() == (~there).tolist()
+
+
+def test_retrying_leaves_other_shards(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    ids = sorted(row["video_id"] for row in rows_of(few, "videos"))
     gone = with_uris({ids[0]: tmp_path / "video.mp4"})
-    tables = some_labels(labels, tmp_path / "labels", slice(0, 2), change=gone)
-    summary = cache_features(tables, tmp_path / "out", encoder, shard_mb=1)
+    tables = some_labels(few, tmp_path / "labels", slice(0, 2), change=gone)
+    summary = made(tables, tmp_path / "out", encoder, shard_mb=SMALL)
     assert summary.shards_made == 2
-    retried = cache_features(tables, tmp_path / "out", encoder, shard_mb=1, retry_failed=True)
+    retried = made(tables, tmp_path / "out", encoder, shard_mb=SMALL, retry_failed=True)
     assert (retried.shards_made, retried.shards_kept) == (1, 1)
 
 
-def test_all_videos_fail(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
-    ids = [row["video_id"] for row in rows_of(labels, "videos")]
+def test_all_videos_fail(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    ids = [row["video_id"] for row in rows_of(few, "videos")]
     nowhere = with_uris(dict.fromkeys(ids, tmp_path / "gone.mp4"))
-    tables = some_labels(labels, tmp_path / "labels", slice(0, 2), change=nowhere)
-    summary = cache_features(tables, tmp_path / "out", encoder)
+    tables = some_labels(few, tmp_path / "labels", slice(0, 2), change=nowhere)
+    summary = made(tables, tmp_path / "out", encoder)
     assert len(summary.failures) == 2 + len(rows_of(tables, "sessions"))
     assert records(tmp_path / "out" / "vision-00000.tar") == []
     with pytest.raises(UserError, match="holds no finished session; run 'dst cache-features'"):
         ShardCache(tmp_path / "out")
 
 
-def test_labels_beyond_the_video(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_labels_beyond_the_video(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
     """The later session of a video needs more ticks than there are; the earlier one is cached all the same."""
     both = slice(2, 3)
-    sessions = rows_of(some_labels(labels, tmp_path / "plain", both), "sessions")
+    sessions = rows_of(some_labels(few, tmp_path / "plain", both), "sessions")
     early, late = sorted(sessions, key=lambda row: row["first_tick"])
     last = late["first_tick"] + late["num_ticks"] - 1 + 1000
 
@@ -525,33 +600,34 @@ def test_labels_beyond_the_video(labels: Path, encoder: VisionEncoder, tmp_path:
             return [row | more.get(row["session_id"], {}) for row in rows]
         return rows
 
-    tables = some_labels(labels, tmp_path / "labels", both, change=longer)
-    summary = cache_features(tables, tmp_path / "out", encoder)
+    tables = some_labels(few, tmp_path / "labels", both, change=longer)
+    summary = made(tables, tmp_path / "out", encoder)
     with av.open(rows_of(tables, "videos")[0]["uri"]) as container:
         frames = list(container.decode(video=0))
     end = (frames[-1].pts + frames[-1].duration - frames[0].pts) * frames[-1].time_base
     ticks = next(k for k in range(10_000) if Fraction(k, 2) >= end)
     reason = f"needs {last + 1} ticks of {late['video_id']}, the video has {ticks}"
-    assert summary.failures == [{"id": late["session_id"], "reason": reason}]
-    assert [failure for line in ledger_lines(tmp_path / "out") for failure in line["failures"]] == (
-        summary.failures
-    )
+    assert summary.failures == [Failure(id=late["session_id"], reason=reason)]
+    assert ledger_failures(tmp_path / "out") == summary.failures
+    assert made(tables, tmp_path / "out", encoder).shards_kept == 1  # there is no more of it to come
     cache = ShardCache(tmp_path / "out")
     assert cache.session_ids == [early["session_id"]]
     assert cache.num_ticks(late["video_id"]) == ticks
 
 
 def test_features_float16_cannot_hold(
-    labels: Path, encoder: VisionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Path, encoder: VisionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken checkpoint ends the run and leaves no shard."""
-    tables = some_labels(labels, tmp_path / "labels", slice(0, 1))
-    for value in (np.nan, np.inf, 70_000.0):
-        wrong = np.full((64, 4, encoder.dim), value, np.float32)
-        monkeypatch.setattr(encoder, "encode", lambda frames, wrong=wrong: wrong[: len(frames)])
-        with pytest.raises(UserError, match="that float16 cannot hold"):
-            cache_features(tables, tmp_path / "out", encoder)
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cache.json"]
+    tables = some_labels(few, tmp_path / "labels", slice(0, 1))
+    for dtype, value in (("float16", np.nan), ("float16", np.inf), ("float16", 70_000.0), ("int8", np.nan)):
+        wrong = np.full((encoder.batch_size, 4, encoder.dim), value, np.float32)
+        monkeypatch.setattr(encoder, "finish", lambda pending, wrong=wrong: wrong[: pending.frames])
+        out = tmp_path / dtype
+        with pytest.raises(UserError, match=f"that {dtype} cannot hold"):
+            made(tables, out, encoder, dtype=dtype)
+        assert sorted(every_file(out)) == ["cache.json", "plan.json"]
+        assert list((out / ".work").iterdir()) == []
 
 
 # ---- the plan
@@ -560,50 +636,71 @@ def test_features_float16_cannot_hold(
 def test_several_shards_hold_each_video_once(
     labels: Path, shards: Path, encoder: VisionEncoder, tmp_path: Path
 ) -> None:
-    told: list[Any] = []
+    """The plan as it was told before; features do not depend on where a video lies."""
+    told: list[Estimate] = []
     advanced: list[int] = []
+    some = some_labels(labels, tmp_path / "labels", slice(4, 8))
+    size: Any = 0.5
+    options = CacheOptions(shard_mb=size, workers=2)
+    out = tmp_path / "out"
     summary = cache_features(
-        labels,
-        tmp_path / "out",
-        encoder,
-        shard_mb=1,
-        on_plan=lambda plans, ticks: told.append((plans, ticks)),
-        on_tick=advanced.append,
+        some, out, Here(encoder), options, on_estimate=told.append, on_tick=advanced.append
     )
-    [(plans, ticks)] = told
-    assert summary.shards_made == len(plans) >= 3
-    assert sum(advanced) == ticks == summary.ticks
+    [estimate] = told
+    ticks = sum(row["last_tick_needed"] + 1 for row in rows_of(some, "videos"))
+    assert sum(advanced) == estimate.ticks == estimate.ticks_to_encode == summary.ticks == ticks
+    assert (estimate.videos, estimate.shards, estimate.shards_to_make) == (4, 2, 2)
+    assert (summary.shards_made, summary.shards_kept, summary.ticks_reused) == (2, 0, 0)
+    written = sum(path.stat().st_size for path in out.glob("vision-*.tar"))
+    assert estimate.bytes_to_write == ticks * 4 * encoder.dim * 2 < written < 1.1 * estimate.bytes_to_write
     shard_of: dict[str, set[str]] = {}
     found: dict[str, Any] = {}
-    for path in sorted((tmp_path / "out").glob("vision-*.tar")):
-        assert path.stat().st_size < 1_100_000
+    for path in sorted(out.glob("vision-*.tar")):
+        assert path.stat().st_size < 550_000
         for record in records(path):
             shard_of.setdefault(record["meta.json"]["video_id"], set()).add(path.stem[-5:])
             assert found.setdefault(record["__key__"], record) is record
-    assert sorted(shard_of) == sorted(row["video_id"] for row in rows_of(labels, "videos"))
+    assert sorted(shard_of) == sorted(row["video_id"] for row in rows_of(some, "videos"))
     assert all(len(numbers) == 1 for numbers in shard_of.values())
-    for path in sorted((tmp_path / "out").glob("labels-*.tar")):
+    for path in sorted(out.glob("labels-*.tar")):
         for record in records(path):
             assert shard_of[record["meta.json"]["video_id"]] == {path.stem[-5:]}
-    one, several = ShardCache(shards), ShardCache(tmp_path / "out")
-    assert one.session_ids == several.session_ids
-    for video in rows_of(labels, "videos"):
+    plan = json.loads((out / "plan.json").read_text())["shards"]
+    assert {video: {f"{shard['number']:05d}"} for shard in plan for video in shard["videos"]} == shard_of
+    one, several = ShardCache(shards), ShardCache(out)
+    assert several.session_ids == sorted(row["session_id"] for row in rows_of(some, "sessions"))
+    for video in rows_of(some, "videos"):
         count = video["last_tick_needed"] + 1
         np.testing.assert_array_equal(
             one.features(video["video_id"], 0, count), several.features(video["video_id"], 0, count)
         )
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_fewer_shards_than_before(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_a_dry_run(labels: Path, shards: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    """Tells what is to be done, and does nothing."""
+    some = some_labels(labels, tmp_path / "labels", slice(0, 2))
+    before = every_file(shards)
+    estimate, rate = dry_run(labels, shards, Here(encoder), CacheOptions())
+    assert (estimate.ticks_to_encode, rate) == (0, None)
+    assert every_file(shards) == before
+    estimate, rate = dry_run(some, tmp_path / "out", Here(encoder), CacheOptions(), seconds=0.1)
+    ticks = sum(row["last_tick_needed"] + 1 for row in rows_of(some, "videos"))
+    assert (estimate.ticks_to_encode, estimate.shards_to_make) == (ticks, 1)
+    assert estimate.bytes_to_write == ticks * 4 * encoder.dim * 2
+    assert rate is not None
+    assert rate > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_shards_than_before(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
     """Those past the new plan go away, also where labels were taken out."""
-    tables = some_labels(labels, tmp_path / "labels", slice(0, 2))
-    cache_features(tables, tmp_path / "out", encoder, shard_mb=1)
+    tables = some_labels(few, tmp_path / "labels", slice(0, 2))
+    made(tables, tmp_path / "out", encoder, shard_mb=SMALL)
     assert len(files(tmp_path / "out", "vision-*.tar")) == 2
-    fewer = some_labels(labels, tmp_path / "fewer", slice(0, 1))
-    cache_features(fewer, tmp_path / "out", encoder)
-    cache_features(fewer, tmp_path / "fresh", encoder)
-    assert files(tmp_path / "out", "*.tar") == files(tmp_path / "fresh", "*.tar")
+    fewer = some_labels(few, tmp_path / "fewer", slice(0, 1))
+    made(fewer, tmp_path / "out", encoder)
+    made(fewer, tmp_path / "fresh", encoder)
+    assert every_file(tmp_path / "out") == every_file(tmp_path / "fresh")
 
 
 def test_a_video_larger_than_a_shard_has_its_own(labels: Path, tmp_path: Path) -> None:
@@ -616,85 +713,43 @@ def test_a_video_larger_than_a_shard_has_its_own(labels: Path, tmp_path: Path) -
     assert [[video["video_id"] for video in plan.videos] for plan in roomy] == [sorted(sizes)]
 
 
-def test_tables_that_do_not_go_together(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_tables_that_do_not_go_together(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    mixed = some_labels(labels, tmp_path / "mixed", slice(0, 1), source="one")
-    some_labels(labels, mixed, slice(1, 2), source="two", change=with_rate(5.0))
+    mixed = some_labels(few, tmp_path / "mixed", slice(0, 1), source="one")
+    some_labels(few, mixed, slice(1, 2), source="two", change=with_rate(5.0))
     with pytest.raises(UserError, match=r"mixes tick rates \[2\.0, 5\.0\]; .*--tick-hz"):
-        cache_features(mixed, out, encoder)
-    twice = some_labels(labels, tmp_path / "twice", slice(0, 1), source="one")
-    some_labels(labels, twice, slice(0, 1), source="two")
+        made(mixed, out, encoder)
+    twice = some_labels(few, tmp_path / "twice", slice(0, 1), source="one")
+    some_labels(few, twice, slice(0, 1), source="two")
     with pytest.raises(UserError, match=r"has the video_id '.*' twice"):
-        cache_features(twice, out, encoder)
+        made(twice, out, encoder)
     with pytest.raises(UserError, match=r"nothing holds no label tables; run 'dst prepare"):
-        cache_features(tmp_path / "nothing", out, encoder)
+        made(tmp_path / "nothing", out, encoder)
     assert not out.exists()
 
 
-def test_one_corpus_or_the_folder_of_all(labels: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
-    tables = some_labels(labels, tmp_path / "labels", slice(0, 1), source="one")
-    some_labels(labels, tables, slice(1, 2), source="two")
-    cache_features(tables / "one", tmp_path / "single", encoder)
-    cache_features(tables, tmp_path / "both", encoder)
+def test_one_corpus_or_the_folder_of_all(few: Path, encoder: VisionEncoder, tmp_path: Path) -> None:
+    tables = some_labels(few, tmp_path / "labels", slice(0, 1), source="one")
+    some_labels(few, tables, slice(1, 2), source="two")
+    made(tables / "one", tmp_path / "single", encoder)
+    made(tables, tmp_path / "both", encoder)
     ids = [sorted(row["session_id"] for row in rows_of(tables, "sessions", s)) for s in ("one", "two")]
     assert ShardCache(tmp_path / "single").session_ids == ids[0]
     assert ShardCache(tmp_path / "both").session_ids == sorted(ids[0] + ids[1])
 
 
-# ---- the tar files themselves
-
-
-def test_records_are_taken_back(tmp_path: Path) -> None:
-    """What an exception interrupts leaves no trace in the bytes, first, in the middle or last."""
-
-    def write(path: Path, failing: bool) -> Path:
-        with TarWriter(path) as tar:
-            for key in ("a", "bad/1", "b" * 150, "bad/2", "c", "bad/3"):
-                if not key.startswith("bad"):
-                    tar.add(key, {"x.npy": npy_bytes(np.arange(len(key))), "y.json": b"{}"})
-                elif failing:
-                    with pytest.raises(KeyboardInterrupt), tar.all_or_nothing():  # noqa: PT012
-                        tar.add(f"{key}/0", {"x.npy": bytes(99_999)})
-                        tar.add(f"{key}/1", {"x.npy": b"more"})
-                        raise KeyboardInterrupt
-        return path
-
-    clean, mended = write(tmp_path / "clean.tar", False), write(tmp_path / "mended.tar", True)
-    assert clean.read_bytes() == mended.read_bytes()
-    reader = TarReader(mended)
-    assert sorted(reader.members) == sorted(
-        f"{k}.{e}" for k in ("a", "b" * 150, "c") for e in ("x.npy", "y.json")
-    )
-    assert reader.array_of(f"{'b' * 150}.x.npy").tolist() == list(range(150))
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.arange(24, dtype=np.float16).reshape(2, 3, 4),
-        np.zeros((0, 4), np.float32),
-        np.array(3.5),
-        np.int8([1]),
-    ],
-    ids=["3d", "empty", "number", "bytes"],
-)
-def test_arrays_come_back(tmp_path: Path, array: NDArray[Any]) -> None:
-    with TarWriter(tmp_path / "a.tar") as tar:
-        tar.add("k", {"a.npy": npy_bytes(array)})
-    got = TarReader(tmp_path / "a.tar").array_of("k.a.npy")
-    assert (got.dtype, got.shape) == (array.dtype, array.shape)
-    np.testing.assert_array_equal(got, array)
-    assert not got.flags.writeable
-
-
-def test_a_damaged_shard(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache(shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy")
     path = copy / "vision-00000.tar"
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match=r"vision-00000\.tar is not a whole shard .*dst cache-features"):
-        ShardCache(copy)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"vision-00000\.tar is not a whole shard"):
+    video_id = next(iter(ledger(copy)["vision-00000"]["videos"]))
+    for size in (100_000, 0):
+        os.truncate(path, size)
+        with pytest.raises(
+            UserError, match=r"vision-00000\.tar has .* not a whole shard; .*dst cache-features"
+        ):
+            ShardCache(copy).features(video_id, 0, 1)
+    os.truncate(copy / "labels-00000.tar", 5000)
+    with pytest.raises(UserError, match=r"labels-00000\.tar has 5000 bytes .* not a whole shard"):
         ShardCache(copy)
     (copy / "cache.json").write_text("{}")
     with pytest.raises(UserError, match=r"cache\.json is not a fingerprint of this version"):
@@ -769,7 +824,7 @@ def test_a_real_video(path: Path, tiny_model: Path, encoder: VisionEncoder, tmp_
         writer.add_session(session, "pancake", [step], [turn], table)
         writer.add_videos([video])
     assert validate_labels(tmp_path / "labels" / "kitchen") == []
-    summary = cache_features(tmp_path / "labels", tmp_path / "out", encoder, batch_size=7)
+    summary = made(tmp_path / "labels", tmp_path / "out", encoder)
     assert (summary.ticks, summary.failures) == (first + count, [])
     cache = ShardCache(tmp_path / "out")
     wanted, times = reference_features(tiny_model, str(path), 0, first + count, 5)

@@ -46,7 +46,7 @@ def in_one_line(text: str) -> str:
 
 
 def test_commands_are_there() -> None:
-    wanted = {"sample", "prepare", "init-model", "cache-features", "train", "evaluate", "demo"}
+    wanted = {"sample", "prepare", "init-model", "cache-features", "verify", "train", "evaluate", "demo"}
     assert wanted <= set(COMMANDS)
     result = run("--help")
     assert result.exit_code == 0
@@ -310,9 +310,10 @@ def test_a_failing_video_gives_status_1(labels: Path, tiny_model: Path, tmp_path
     told = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
     assert [line.split(": ")[1] for line in told] == failed
     assert told[0].endswith(f"{away} is not there")
-    assert f"{len(failed)} failed, all listed in {out / 'ledger.jsonl'}" in result.stderr
-    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
-    assert [failure["id"] for line in ledger for failure in line["failures"]] == failed
+    assert f"{len(failed)} failed, all listed in {out / 'ledger'}" in in_one_line(result.stderr)
+    ledger = {path.stem: json.loads(path.read_text()) for path in (out / "ledger").iterdir()}
+    listed = [ledger[stem]["failures"] for stem in ("vision-00000", "labels-00000")]
+    assert [failure["id"] for failures in listed for failure in failures] == failed
     cached = sorted(r["session_id"] for r in sessions if r["video_id"] == there["video_id"])
     assert ShardCache(out).session_ids == cached
 
@@ -321,5 +322,5 @@ def test_a_failing_video_gives_status_1(labels: Path, tiny_model: Path, tmp_path
     result = run(*command, "--device", "cpu", "--retry-failed")
     assert (result.exit_code, result.exception) == (0, None)
     assert result.stderr == ""
-    assert f"next: dst train --shards {out}" in in_one_line(result.stdout)
+    assert f"then dst train --shards {out}" in in_one_line(result.stdout)
     assert ShardCache(out).session_ids == sorted(chosen)

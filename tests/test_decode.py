@@ -258,6 +258,10 @@ def test_rotation_of_the_manifest_is_counter_clockwise(tmp_path: Path, rotation:
         ((0, -1, 1, 0), 0),
         ((-1, 0, 0, -1), 0),
         ((0, 1, -1, 0), 90),  # the manifest's turn comes on top: here it undoes the file's
+        ((-1, 0, 0, 1), 0),  # a mirror, as front cameras write
+        ((1, 0, 0, -1), 0),
+        ((0, 1, 1, 0), 0),
+        ((0, -1, -1, 0), 180),
     ],
 )
 def test_display_matrix_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], extra: int) -> None:

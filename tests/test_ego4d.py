@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 
 from pipeline.cache import cache_features
+from pipeline.engines import Here
 from pipeline.decode import tick_frames
 from pipeline.prepare import prepare
 from pipeline.sample.corpus import write_sample
@@ -349,7 +350,7 @@ def test_a_group_is_cached(sample: Path, tiny_model: Path, tmp_path: Path) -> No
     put(tmp_path, f"corpus/{name}", (annotations / name).read_text())
     (tmp_path / "corpus" / "video_540ss").symlink_to(sample / "v2" / "video_540ss")
     prepare("ego4d", tmp_path / "corpus", tmp_path, Clock())
-    summary = cache_features(tmp_path / "ego4d", tmp_path / "shards", VisionEncoder(tiny_model, "cpu"))
+    summary = cache_features(tmp_path / "ego4d", tmp_path / "shards", Here(VisionEncoder(tiny_model, "cpu")))
     [video] = table(tmp_path, "videos")
     assert (summary.failures, summary.ticks) == ([], video["last_tick_needed"] + 1)
     seconds = []

@@ -23,7 +23,7 @@ from training.traces import Trace
 
 def evaluate(
     run: Path,
-    shards: Path | None,
+    shards: str | Path | None,
     *,
     split: str = "test",
     checkpoint: str = "best",
@@ -43,7 +43,7 @@ def evaluate(
     """
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a run (no run.json); give a folder made by 'dst train'")
-    shards = shards or Path(json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"])
+    shards = shards or json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"]
     recipe = load_recipe(str(run / "recipe.yaml"), [])
     cache = ShardCache(shards)
     folder = run / "checkpoints" / checkpoint

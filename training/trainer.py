@@ -71,7 +71,7 @@ def compute_losses(model: torch.nn.Module, batch: Batch, settings: LossSettings)
 
 
 def train(
-    shards: Path,
+    shards: str | Path,
     recipe: Recipe,
     out: Path,
     *,
