@@ -38,6 +38,9 @@ _SIGN = re.compile(
     rb"dst shard of (\d{1,18}) bytes, index\.json: (\d{1,18}) at (\d{1,18}), crc32 (\d{1,10})\n\0*"
 )
 _ALIGNMENT = 64  # so that a view of any type is aligned, as in a tar
+_OVERHEAD = 4096  # more than a dataset takes beside its bytes: headers (of groups above it too), alignment
+_STEP = 1 << 20  # room is taken in such steps
+_END_OF_FILE = 28  # where the superblock of the version above holds this address
 
 _Number = Annotated[int, Field(ge=0, strict=True)]
 
@@ -67,6 +70,7 @@ class H5ShardWriter:
         self._path = path
         self._index: dict[str, dict[str, _Places]] = {}
         self._datasets: set[str] = set()  # unlike a group, none can have a record below it
+        self._most = self._taken = 0  # bytes that the file will have at most, and that it has room for
         with _system_errors(path):
             self._file = h5py.File(
                 path,
@@ -76,6 +80,11 @@ class H5ShardWriter:
                 alignment_threshold=1,
                 alignment_interval=_ALIGNMENT,
             )
+            try:
+                self._take_room(_USER_BLOCK)
+            except OSError:
+                self._file.close()
+                raise
 
     def __enter__(self) -> H5ShardWriter:
         return self
@@ -89,7 +98,9 @@ class H5ShardWriter:
             place = self._json("index.json", text)
             self._file.close()
             with self._path.open("rb+") as file:
-                size = file.seek(0, os.SEEK_END)
+                file.seek(_USER_BLOCK + _END_OF_FILE)
+                size = int.from_bytes(file.read(8), "little")
+                file.truncate(size)  # room that was not needed
                 sign = f"index.json: {len(text)} at {place.offset}, crc32 {zlib.crc32(text)}"
                 file.seek(0)
                 file.write(f"dst shard of {size} bytes, {sign}\n".encode())
@@ -130,6 +141,7 @@ class H5ShardWriter:
 
     def _array(self, name: str, array: NDArray[Any]) -> _Dataset:
         self._datasets.add(name)
+        self._take_room(array.nbytes + len(name))
         dataset = self._file.create_dataset(name, data=plain_array(array, name), track_times=False)
         return _Dataset(array.dtype.str, list(array.shape), dataset.id.get_offset() if array.size else 0)
 
@@ -138,9 +150,18 @@ class H5ShardWriter:
         import h5py
 
         self._datasets.add(name)
+        self._take_room(len(text) + len(name))
         kind = h5py.string_dtype("utf-8", len(text))
         dataset = self._file.create_dataset(name, data=np.array(text, kind), track_times=False)
         return _Dataset("json", [len(text)], dataset.id.get_offset())
+
+    def _take_room(self, size: int) -> None:
+        """For a dataset, before it is written: libhdf5 goes on after a write that failed, and then crashes."""
+        self._most += size + _OVERHEAD
+        if self._most > self._taken:
+            more = self._most - self._taken + _STEP
+            os.posix_fallocate(self._file.id.get_vfd_handle(), self._taken, more)
+            self._taken += more
 
 
 class H5Shard(ShardReader):

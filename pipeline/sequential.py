@@ -40,7 +40,7 @@ def all_pictures(
     after it but shown before.
 
     Raises:
-        DecodeError: the file breaks off, or a picture has no presentation time; raised after the last picture.
+        DecodeError: the file breaks off, raised after its last picture; or it holds no picture.
     """
     decoder = _Decoder(path, container, stream)
     broken: DecodeError | None = None
@@ -83,9 +83,8 @@ class _Decoder:
         self._proving: int | None = None  # the key frame that is to come out first, as an intra picture
         self._begin = MISSING  # pictures shown before it would need others that are not there
         self._sent: dict[int, int] = {}  # durations of pictures on their way through the decoder, by pts
-        self._held: list[
-            av.VideoFrame
-        ] = []  # a B picture may be drawn from a damaged one that is shown after it
+        # a B picture may be drawn from a damaged one that is shown after it
+        self._held: list[av.VideoFrame] = []
         self._whole: list[Shown] = []
         self._lost: list[Shown] = []
         self._last: Shown | None = None  # given out

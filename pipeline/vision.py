@@ -109,11 +109,21 @@ class VisionEncoder:
         Args:
             frames: uint8 ``[n, S, S, 3]`` from `Preprocessor.resize`, n at most ``batch_size``. They may be
                 overwritten once this has returned.
+
+        Raises:
+            UserError: the GPU has not enough memory.
         """
+        import torch
+
         side = self.preprocessor.square
         if len(frames) > self.batch_size or frames.shape[1:] != (side, side, 3) or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}")
-        return self._start_on_gpu(frames) if self._is_gpu else self._encode_on_cpu(frames)
+        try:
+            return self._start_on_gpu(frames) if self._is_gpu else self._encode_on_cpu(frames)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.device} has not enough memory for {self.batch_size} frames at once; give a smaller --batch-size"
+            ) from None
 
     def finish(self, pending: Pending) -> NDArray[np.float32]:
         """Wait for a batch.

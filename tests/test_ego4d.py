@@ -17,8 +17,8 @@ import polars as pl
 import pytest
 
 from pipeline.cache import cache_features
-from pipeline.engines import Here
 from pipeline.decode import tick_frames
+from pipeline.engines import Here
 from pipeline.prepare import prepare
 from pipeline.sample.corpus import write_sample
 from pipeline.sample.render import Clip, Painter, write_videos

@@ -359,11 +359,11 @@ def test_no_worker_is_kept_waiting_by_the_others() -> None:
 
 def decode_workers() -> list[psutil.Process]:
     """Of this process; other tests may have left children of another kind, such as a resource tracker."""
-    return [
-        child
-        for child in psutil.Process().children()
-        if any("pipeline" in part for part in child.cmdline()) and "resource_tracker" not in str(child.cmdline())
-    ]
+    return [child for child in psutil.Process().children() if _is_decode_worker(child.cmdline())]
+
+
+def _is_decode_worker(command: list[str]) -> bool:
+    return "pipeline.decode_worker import main" in " ".join(command)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.align import align
 from pipeline.cache import cache_features
+from pipeline.engines import Here
 from pipeline.presets import init_model
 from pipeline.shards import ShardCache
 from pipeline.vision import VisionEncoder
@@ -74,7 +75,7 @@ def test_256m_dimensions_through_cache_and_training(tmp_path: Path) -> None:
     init_model("smolvlm2-256m", model)
     encoder = VisionEncoder(model, "cpu")
     assert (encoder.tokens, encoder.dim, encoder.preprocessor.square) == (64, 576, 512)
-    summary = cache_features(labels, shards, encoder)
+    summary = cache_features(labels, shards, Here(encoder))
     assert summary.failures == []
     features = ShardCache(shards).features("hand/train", 0, 2)
     assert features.shape == (2, 64, 576)

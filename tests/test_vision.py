@@ -337,6 +337,20 @@ class FakeEvent:
         self.waited = True
 
 
+def test_too_little_memory_on_the_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = VisionEncoder(tiny_model, "cpu", batch_size=8)
+
+    def fails(frames: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoder._is_gpu = True
+    monkeypatch.setattr(encoder, "_start_on_gpu", fails)
+    with pytest.raises(
+        UserError, match=r"not enough memory for 8 frames at once; give a smaller --batch-size"
+    ):
+        encoder.encode(np.zeros((3, 128, 128, 3), np.uint8))
+
+
 def test_what_is_sent_to_a_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its path, taken by the CPU: every batch has one shape, what is not a frame is 0, and its end is waited for."""
     encoder = VisionEncoder(tiny_model, "cpu", batch_size=4)

@@ -88,6 +88,8 @@ def train(
     """
     if (out / "log.jsonl").exists():
         raise UserError(f"{out} holds a run already; give another --out, or remove it")
+    if device == "cpu":  # else two threads add up some gradients in the order they come
+        torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise UserError(
