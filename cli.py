@@ -307,7 +307,9 @@ def cache_features(
         str | None, typer.Option(help="Make part I of N (I/N, from 0): for array jobs on one folder.")
     ] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a vision shard, in MB.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Frames at once in the vision tower.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Frames at once in the vision tower.")
+    ] = 16,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decode processes for each GPU. Default: by the cores.")
     ] = None,
@@ -344,15 +346,22 @@ def cache_features(
     from schemas.checkpoints import checkpoint_folder
 
     if labels_only:
+        if dry_run or retry_failed or shard is not None or engine == "ray":
+            raise UserError(
+                "--labels-only writes the labels of all finished shards: leave --dry-run, --retry-failed, --shard and "
+                "--engine away"
+            )
         summary = relabel(labels, out, noted)
-        typer.echo(
-            f"labels of {summary.shards_kept} shards in {out} are those of {labels}; no video was opened"
+        typer.echo(f"labels of {summary.shards_kept} shards in {out} follow {labels}; no video was opened")
+        echo_failures(
+            summary, f"all listed in {out}/ledger; run it without --labels-only to add their videos"
         )
-        echo_failures(summary, out)
         raise typer.Exit(1 if summary.failures else 0)
     began = time.perf_counter()
     part, of = _part_of(shard)
     on_ray = engine == "ray"
+    if on_ray and device not in (None, "cpu", "cuda"):
+        raise UserError(f"unknown --device {device!r}; use cpu or cuda")
     if on_ray and (gpu is not None or shard is not None or dry_run):
         raise UserError("--engine ray takes all GPUs of its cluster: leave --gpu, --shard and --dry-run away")
     if decoder == "decord":
@@ -377,7 +386,7 @@ def cache_features(
     with made as encoders:
         if dry_run:
             assert isinstance(encoders, Here)
-            estimate, rate = estimate_only(labels, out, encoders, options)
+            estimate, rate = estimate_only(labels, out, encoders, options, len(devices))
             echo_estimate(estimate)
             echo_hours(estimate, rate, len(devices))
             estimate.require_room()
@@ -392,6 +401,8 @@ def cache_features(
                 labels, out, encoders, options, say=noted, on_estimate=on_estimate, on_tick=bar.advance
             )
     echo_cache_summary(summary, time.perf_counter() - began, out)
+    if not summary.failures and of == 1:
+        typer.echo(f"next: dst verify {out}, then dst train --shards {out}")
     if summary.failures:
         raise typer.Exit(1)
 
@@ -552,7 +563,7 @@ def _choose_device(gpu: int | None, device: str | None) -> str:
 def _choose_devices(gpu: str | None, device: str | None) -> list[str]:
     """Each device an encoder is to run on."""
     numbers = (gpu or "").split(",")
-    if gpu is not None and not all(number.strip().isdigit() for number in numbers):
+    if gpu is not None and not all(number.strip().isdecimal() for number in numbers):
         raise UserError(f"--gpu {gpu!r} is not a number, nor several with commas between; write 0 or 0,1,2,3")
     if gpu is None:
         return [_choose_device(None, device)]
@@ -565,7 +576,7 @@ def _part_of(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 0, 1
     part, _, of = shard.partition("/")
-    if not (part.isdigit() and of.isdigit() and int(part) < int(of)):
+    if not (part.isdecimal() and of.isdecimal() and int(part) < int(of)):
         raise UserError(
             f"--shard {shard!r} is not I/N with I from 0 to N - 1; write 0/8 for the first of eight parts"
         )

@@ -22,6 +22,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
@@ -73,6 +75,14 @@ def write_tower(folder: Path, layers: int) -> Path:
     return folder
 
 
+def make_encoder(tower: Path, threads: int) -> VisionEncoder:
+    """One that works in so many threads, and has worked once."""
+    torch.set_num_threads(threads)  # what an encoder's threads are counted by when it is made
+    encoder = VisionEncoder(tower, "cpu")
+    encode(encoder.batch_size, encoder)
+    return encoder
+
+
 def whole(labels: Path, out: Path, encoder: VisionEncoder) -> None:
     shutil.rmtree(out, ignore_errors=True)
     summary = cache_features(labels, out, Here(encoder), CacheOptions(workers=1))
@@ -113,15 +123,20 @@ def jpeg(videos: Videos, folder: Path, encoder: VisionEncoder) -> None:
             "2",
         ]
         subprocess.run([*command, str(folder / name / "%06d.jpg")], check=True)
-    for name, _, _ in videos:
-        paths = sorted((folder / name).glob("*.jpg"))
-        for first in range(0, len(paths), encoder.batch_size):
-            images = [np.asarray(Image.open(path)) for path in paths[first : first + encoder.batch_size]]
-            encoder.encode(np.stack([encoder.preprocessor.resize(image) for image in images]))
+    with ThreadPoolExecutor(2) as pool:
+        for name, _, ticks in videos:
+            paths = sorted((folder / name).glob("*.jpg"))
+            if abs(len(paths) - ticks) > 1:  # ffmpeg rounds
+                raise SystemExit(f"ffmpeg wrote {len(paths)} pictures for {ticks} ticks")
+            for first in range(0, len(paths), encoder.batch_size):
+                some = paths[first : first + encoder.batch_size]
+                resized = pool.map(
+                    lambda path: encoder.preprocessor.resize(np.asarray(Image.open(path))), some
+                )
+                encoder.encode(np.stack(list(resized)))
 
 
-def timed(work: Callable[[], None], threads: int) -> float:
-    torch.set_num_threads(threads)
+def timed(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -147,20 +162,21 @@ def main() -> None:
             write_clip(Path(uri), arguments.seconds, seed)
         write_labels(root / "labels/made", videos)
         for layers in arguments.layers:
-            encoder = VisionEncoder(write_tower(root / f"tower-{layers}", layers), "cpu")
-            encode(encoder.batch_size, encoder)
-            measures: dict[str, tuple[Callable[[], None], int]] = {
-                "whole": (lambda e=encoder: whole(root / "labels", root / "out", e), 1),  # type: ignore[misc]
-                "decode": (lambda e=encoder: decode(videos, e), 1),  # type: ignore[misc]
-                "encode": (lambda e=encoder: encode(ticks * len(videos), e), 1),  # type: ignore[misc]
-                "whole_two": (lambda e=encoder: whole(root / "labels", root / "out", e), 2),  # type: ignore[misc]
-                "jpeg": (lambda e=encoder: jpeg(videos, root / "jpeg", e), 2),  # type: ignore[misc]
+            tower = write_tower(root / f"tower-{layers}", layers)
+            one, two = (make_encoder(tower, threads) for threads in (1, 2))
+            frames = ticks * len(videos)
+            measures: dict[str, Callable[[], None]] = {
+                "whole": partial(whole, root / "labels", root / "out", one),
+                "decode": partial(decode, videos, one),
+                "encode": partial(encode, frames, one),
+                "whole_two": partial(whole, root / "labels", root / "out", two),
+                "jpeg": partial(jpeg, videos, root / "jpeg", two),
             }
             seconds: dict[str, list[float]] = {key: [] for key in measures}
             for _ in range(arguments.rounds):
-                for key, (work, threads) in measures.items():
-                    seconds[key].append(timed(work, threads))
-            results.append(_result(layers, ticks * len(videos), seconds))
+                for key, work in measures.items():
+                    seconds[key].append(timed(work))
+            results.append(_result(layers, frames, seconds))
     print(json.dumps(results, indent=1))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/relabel.py --hours 100
 
 Makes a cache of so many hours of video (its features are a few random numbers a tick: relabelling never looks at
-them), writes label tables of the same videos with other steps and words, and relabels in turn with two sets of tables.
+them), writes label tables of the same videos with other steps and turns, and relabels in turn with two sets of tables.
 Prints JSON: seconds, and seconds for 100 hours.
 """
 

@@ -127,7 +127,12 @@ def cache_features(
 
 
 def dry_run(
-    labels: Path, out: str | Path, engine: Here, options: CacheOptions, seconds: float = 3.0
+    labels: Path,
+    out: str | Path,
+    engine: Here,
+    options: CacheOptions,
+    encoders: int = 1,
+    seconds: float = 3.0,
 ) -> tuple[Estimate, float | None]:
     """What `cache_features` would do, without doing it, and the ticks a second that this encoder makes of the videos.
 
@@ -138,7 +143,7 @@ def dry_run(
     fingerprint = _fingerprint(engine, tables, options)
     _is_cache_of(store, fingerprint)
     todo = make_todo(tables, fingerprint, store, Ledger(store), options)
-    expected = Estimate.of(todo, fingerprint, store, engine.encoders, options.workers)
+    expected = Estimate.of(todo, fingerprint, store, encoders, options.workers)
     return expected, probe(todo, fingerprint, engine.encoder, options.workers, options.limit_s, seconds)
 
 
@@ -166,7 +171,8 @@ def relabel(labels: Path, out: str | Path, say: Callable[[str], None] = lambda t
             raise UserError(
                 f"{store.url} holds no finished shard; run 'dst cache-features' without --labels-only"
             )
-        place = {video_id: number for number, entry in vision.items() for video_id in entry.videos}
+        place = {failure.id: number for number, entry in vision.items() for failure in entry.failures}
+        place |= {video_id: number for number, entry in vision.items() for video_id in entry.videos}
         sessions: dict[int, Rows] = {number: [] for number in vision}
         missing: list[Failure] = []
         for session in tables.sessions:

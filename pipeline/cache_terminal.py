@@ -34,9 +34,13 @@ def echo_estimate(estimate: Estimate) -> None:
 
 
 def echo_hours(estimate: Estimate, rate: float | None, encoders: int) -> None:
+    if estimate.ticks_to_encode == 0:
+        typer.echo("nothing is left to encode")
+        return
     if rate is None:
         typer.echo("no video could be read, so how long it takes is not known")
         return
+    encoders = max(1, min(encoders, estimate.shards_to_make))
     seconds = estimate.ticks_to_encode / rate / encoders
     told = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     beside = f" for each of {encoders} encoders" if encoders > 1 else ""
@@ -53,22 +57,21 @@ def echo_cache_summary(summary: Summary, seconds: float, out: str) -> None:
         f"{summary.ticks} frames encoded in {seconds:.1f} s{rate}{reused}; {summary.shards_made} shards made, "
         f"{summary.shards_kept} kept, in {out}"
     )
-    echo_failures(summary, out)
-    if not summary.failures:
-        typer.echo(f"next: dst verify {out}, then dst train --shards {out}")
+    echo_failures(
+        summary, f"all listed in {out}/ledger; when the cause is mended, run it again with --retry-failed"
+    )
 
 
-def echo_failures(summary: Summary, out: str) -> None:
+def echo_failures(summary: Summary, advice: str) -> None:
     for note in summary.notes[:_MOST_SHOWN]:
         noted(note)
     for failure in summary.failures[:_MOST_SHOWN]:
         typer.secho(f"failed: {failure.id}: {failure.reason}", fg="red", err=True)
     if len(summary.notes) > _MOST_SHOWN:
-        noted(f"{len(summary.notes)} in all, in {out}/ledger")
+        noted(f"{len(summary.notes)} such notes in all, in the ledger")
     if summary.failures:
         typer.secho(
-            f"{len(summary.failures)} failed, all listed in {out}/ledger; when the cause is mended, run it again "
-            "with --retry-failed",
+            f"{len(summary.failures)} failed, {advice}",
             fg="red",
             err=True,
         )
@@ -86,4 +89,5 @@ def echo_report(report: Report, shards: str) -> None:
     if report.problems:
         typer.secho(f"{len(report.problems)} problems in {shards}", fg="red", err=True)
     else:
-        typer.echo(f"no problem in {shards}")
+        absent = f"; {len(report.failures)} videos and sessions are not in it" if report.failures else ""
+        typer.echo(f"no problem in {shards}{absent}")

@@ -24,7 +24,7 @@ from schemas.files import fsync_folder
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SLASH_LOST = re.compile(r"(s3|s3a|gs|gcs|az|abfs|abfss|memory|http|https|file):/(?!/)")
 _EXTRAS = {"s3": "dst[s3]", "s3a": "dst[s3]"}
-_VERSION = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "updated", "created")
+_VERSION = ("ETag", "md5Hash", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
 _OUR_MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 _numbers = itertools.count()
 
@@ -101,11 +101,11 @@ def remote_version(url: str) -> bytes:
         return _version(file_system.info(remote)).encode()
 
 
-def local_copy(url_or_path: str) -> Path:
+def local_copy(url_or_path: str, folder: Path | None = None) -> Path:
     """A path where the whole file can be read: itself for a local one, else a copy, fetched once.
 
-    Copies lie in the folder that the environment variable ``DST_COPIES`` names, else in ``~/.cache/dst/copies``. An
-    object that has changed is fetched anew; several processes may ask at once.
+    Copies lie in ``folder``, else in the one that the environment variable ``DST_COPIES`` names, else in
+    ``~/.cache/dst/copies``. An object that has changed is fetched anew; several processes may ask at once.
 
     Raises:
         UserError: the object is not there, cannot be read, or came incomplete.
@@ -118,7 +118,9 @@ def local_copy(url_or_path: str) -> Path:
     size = info["size"]
     if info["type"] != "file" or size is None:
         raise UserError(f"{url_or_path} is not a file whose size its store tells; copy it here by hand")
-    copy = _folder() / f"{_of_url(url_or_path)}-{_short_hash(_version(info))}{_ending(url_or_path)}"
+    copy = (
+        folder or _folder()
+    ) / f"{_of_url(url_or_path)}-{_short_hash(_version(info))}{_ending(url_or_path)}"
     if not copy.is_file():
         _fetch(url_or_path, file_system, remote, size, copy)
     return copy
@@ -159,8 +161,9 @@ def _remove_what_killed_runs_left(folder: Path) -> None:
 
 
 def _version(info: dict[str, Any]) -> str:
-    known = {name: info[name] for name in _VERSION if name in info}
-    return f"{info['size']} {known or info}"
+    """The size and one mark of the content: a time only where there is nothing better, for a copy has another."""
+    known = next(({name: info[name]} for name in _VERSION if name in info), info)
+    return f"{info['size']} {known}"
 
 
 def _folder() -> Path:

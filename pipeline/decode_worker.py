@@ -165,12 +165,16 @@ class _Worker:
         unreadable: list[tuple[int, int, str]] = []
         notes: list[str] = []
         blocks = _Blocks(self._ring, self._take_block, self._send)
-        for frame in self._frames(task, unreadable, notes):
-            if frame.tick < blocks.ticks:
-                raise RuntimeError(f"tick {frame.tick} came after tick {blocks.ticks - 1}")
-            blocks.add_unreadable(until=frame.tick)
-            blocks.add(self._preprocessor.resize(frame.image), frame.pts_s)
-            self._beat()
+        try:
+            for frame in self._frames(task, unreadable, notes):
+                if frame.tick < blocks.ticks:
+                    raise RuntimeError(f"tick {frame.tick} came after tick {blocks.ticks - 1}")
+                blocks.add_unreadable(until=frame.tick)
+                blocks.add(self._preprocessor.resize(frame.image), frame.pts_s)
+                self._beat()
+        except DecodeError:
+            blocks.flush()  # a block that is begun is given back by who gets it
+            raise
         blocks.add_unreadable(until=max((end for _, end, _ in unreadable), default=0))
         blocks.flush()
         if blocks.unreadable != sum(end - first for first, end, _ in unreadable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections import defaultdict, deque
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.copies import forget_copy, is_remote, local_copy
+from pipeline.copies import is_remote, local_copy
 from pipeline.feed import Ended, Failed, Feed, Frames, Restarted, VideoTask
 from pipeline.ledger import Failure, Unreadable, VideoEntry
 from pipeline.spool import Made, Shard, Video, commit
@@ -120,6 +121,7 @@ class _Shards:
         self._encoding: tuple[Any, list[tuple[Video, float]]] | None = None  # the batch before it
         self._finished: deque[tuple[Shard, Future[Made]]] = deque()
         self._committer = ThreadPoolExecutor(1)
+        self._fetchers = ThreadPoolExecutor(job.workers)
         self._encoded = self._passed = 0
         self._seconds: dict[str, float] = defaultdict(float)
 
@@ -127,6 +129,7 @@ class _Shards:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._committer.shutdown(cancel_futures=True)
         for shard in [*self._shards, *(shard for shard, _ in self._finished)]:
             for video in shard.videos:
@@ -144,14 +147,14 @@ class _Shards:
     def tasks(self, works: Iterable[VisionWork]) -> Iterator[VideoTask]:
         """The videos to decode, in the order of the work; remote ones are fetched some videos ahead."""
         waiting: deque[tuple[Shard, dict[str, Any], Future[str]]] = deque()
-        with ThreadPoolExecutor(self._job.workers) as pool:
-            for shard, row in self._rows(works):
-                waiting.append((shard, row, pool.submit(_local_uri, row["uri"])))
-                ahead = self._job.workers if any(map(is_remote, video_parts(row["uri"]))) else 0
-                while len(waiting) > ahead:
-                    yield from self._task(*waiting.popleft())
-            while waiting:
+        for shard, row in self._rows(works):
+            parts = video_parts(row["uri"])
+            waiting.append((shard, row, self._fetchers.submit(_local_uri, parts, self._copies(shard, row))))
+            ahead = self._job.workers if any(map(_is_address, parts)) else 0
+            while len(waiting) > ahead:
                 yield from self._task(*waiting.popleft())
+        while waiting:
+            yield from self._task(*waiting.popleft())
 
     def take(self, frames: Frames) -> None:
         """Copy frames into the batch; encode it when it is full."""
@@ -164,6 +167,7 @@ class _Shards:
 
     def end(self, event: Ended) -> None:
         video = self._videos.pop(event.number)
+        self._forget_copies(video)
         needed = video.row["last_tick_needed"] + 1
         video.end(
             VideoEntry(
@@ -179,6 +183,7 @@ class _Shards:
 
     def fail(self, number: int, reason: str) -> None:
         video = self._videos.pop(number)
+        self._forget_copies(video)
         video.failure = reason
         self._passed += video.row["last_tick_needed"] + 1 - video.ticks
         video.drop()
@@ -192,6 +197,10 @@ class _Shards:
         self._videos[number] = again
         [shard] = [shard for shard in self._shards if video in shard.videos]
         shard.videos[shard.videos.index(video)] = again
+
+    def _forget_copies(self, video: Video) -> None:
+        [shard] = [shard for shard in self._shards if video in shard.videos]
+        shutil.rmtree(self._copies(shard, video.row), ignore_errors=True)
 
     def encode_rest(self) -> None:
         """The batch that is not full, and the one that is being encoded."""
@@ -208,7 +217,8 @@ class _Shards:
         while done := next((shard for shard in self._shards if shard.is_done), None):
             self._shards.remove(done)
             self._finished.append((done, self._committer.submit(self._commit, done)))
-        while self._finished and (wait or self._finished[0][1].done()):
+        # what waits to be written takes room, so there is one at most
+        while self._finished and (wait or len(self._finished) > 1 or self._finished[0][1].done()):
             yield self._finished[0][1].result()
             self._finished.popleft()
 
@@ -230,6 +240,9 @@ class _Shards:
         try:
             uri = local.result()
         except (UserError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise cause from None  # the other videos would fail of it, too
             shard.not_fetched.append(Failure(id=row["video_id"], reason=str(error)))
             self._passed += row["last_tick_needed"] + 1
             return
@@ -265,11 +278,11 @@ class _Shards:
                     self._passed += end - first
 
     def _commit(self, shard: Shard) -> Made:
-        made = commit(shard, self._store, self._job.fingerprint, self._encoder.batch_size)
-        for row in shard.work.videos:
-            for part in video_parts(row["uri"]):
-                forget_copy(part)
-        return made
+        return commit(shard, self._store, self._job.fingerprint, self._encoder.batch_size)
+
+    def _copies(self, shard: Shard, row: dict[str, Any]) -> Path:
+        """Where a remote video lies while it is decoded: no other run uses it, and it goes with its folder."""
+        return shard.folder / f"fetched-{shard.work.videos.index(row):05d}"
 
 
 def _runs(slots: list[tuple[Video, float]]) -> Iterator[tuple[int, int]]:
@@ -285,7 +298,10 @@ def _runs(slots: list[tuple[Video, float]]) -> Iterator[tuple[int, int]]:
         first = end
 
 
-def _local_uri(uri: str) -> str:
+def _is_address(part: str) -> bool:
+    return is_remote(part) or part.startswith("file://")
+
+
+def _local_uri(parts: list[str], folder: Path) -> str:
     """The uri of a video's files here, fetched where they lie elsewhere."""
-    parts = video_parts(uri)
-    return joined_uri([local_copy(part) for part in parts]) if any(map(is_remote, parts)) else uri
+    return joined_uri([local_copy(part, folder) if _is_address(part) else Path(part) for part in parts])

@@ -34,12 +34,11 @@ def make_labels(
     """
     stem = shard_stem("labels", number)
     name = f"{stem}.{storage}"
-    rows_of = {video["video_id"]: video for video in tables.videos}
     failures = list(missing)
     path = store.work_folder() / name
     with writer_of(storage, path) as writer:
-        for session in sessions:
-            video = rows_of[session["video_id"]]
+        for session in sorted(sessions, key=lambda row: (row["video_id"], row["session_id"])):
+            video = tables.video_of[session["video_id"]]
             reason = _why_not(session, video, videos.get(session["video_id"]))
             if reason is None:
                 writer.add(session["session_id"], _members(session, video, tables))

@@ -97,7 +97,7 @@ class Ledger:
         """None where another part of an array job is just about to replace it."""
         try:
             text = self._store.read_text(name)
-        except UserError:
+        except (UserError, FileNotFoundError):
             if self._store.has(name):
                 raise
             return None

@@ -62,6 +62,11 @@ class LabelTables:
             raise UserError(f"{folder}: {error}; run 'dst prepare' again") from None
         self._rows = {name: _SessionRows(folders, name) for name in ("steps", "turns", "frames")}
 
+    @functools.cached_property
+    def video_of(self) -> dict[str, dict[str, Any]]:
+        """The rows of the videos by id."""
+        return {video["video_id"]: video for video in self.videos}
+
     def of_session(self, name: str, session_id: str) -> pa.Table:
         """The rows of one session in the table ``steps``, ``turns`` or ``frames``."""
         return self._rows[name].of(session_id)

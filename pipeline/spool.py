@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.ledger import Entry, Failure, VideoEntry, forget, record, sha256_of
 from pipeline.quantize import to_float16, to_int8
-from pipeline.shards import Member, ShardWriter, reader_of, writer_of
+from pipeline.shards import Member, ShardReader, ShardWriter, reader_of, writer_of
 from pipeline.storage import Store
 from pipeline.todo import VisionWork
 from schemas.shards import CHUNK_TICKS, Fingerprint, shard_stem, vision_key
@@ -121,12 +121,13 @@ def commit(shard: Shard, store: Store, fingerprint: Fingerprint, batch_size: int
     path = shard.folder / f"{stem}.{fingerprint.storage}"
     done = {v.id: (v.path, v.entry) for v in shard.videos if v.entry is not None}
     entries: dict[str, VideoEntry] = {}
+    kept_reader = functools.lru_cache(maxsize=2)(lambda file: reader_of(store.local(file)))
     with writer_of(fingerprint.storage, path) as writer:
         for video_id in (row["video_id"] for row in work.videos):
             if video_id in work.kept:
-                source, entries[video_id] = store.local(work.kept[video_id].file), work.kept[video_id].entry
+                source, entries[video_id] = kept_reader(work.kept[video_id].file), work.kept[video_id].entry
             elif video_id in done:
-                source, entries[video_id] = done[video_id]
+                source, entries[video_id] = reader_of(done[video_id][0]), done[video_id][1]
             else:
                 continue
             _copy(source, video_id, entries[video_id].ticks, writer)
@@ -148,9 +149,8 @@ def commit(shard: Shard, store: Store, fingerprint: Fingerprint, batch_size: int
     return Made(work.number, entry)
 
 
-def _copy(path: Path, video_id: str, ticks: int, writer: ShardWriter) -> None:
+def _copy(reader: ShardReader, video_id: str, ticks: int, writer: ShardWriter) -> None:
     """The first ticks of a video, from one file to another."""
-    reader = reader_of(path)
     for first in range(0, ticks, CHUNK_TICKS):
         key = vision_key(video_id, first // CHUNK_TICKS)
         count = min(CHUNK_TICKS, ticks - first)

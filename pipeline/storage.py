@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from pipeline.copies import connect, is_remote, local_copy, local_path, told
+from pipeline.copies import connect, forget_copy, is_remote, local_copy, local_path, told
 from pipeline.locks import folder_lock, go_together, is_dead, lock_name, refusal, this_run
 from schemas.errors import UserError
 from schemas.files import fsync_folder
@@ -191,7 +191,7 @@ class LocalStore(Store):
         left = [path for path in (self.folder / ".work").glob("*") if path != self._work]
         with folder_lock(self.folder, part, of, say) as is_alone:
             for path in left if is_alone else []:
-                shutil.rmtree(path)  # of a run that was killed
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed, or ended just now
             yield
 
 
@@ -250,6 +250,7 @@ class RemoteStore(Store):
     def remove(self, name: str) -> None:
         with told(self._url(name)), suppress(FileNotFoundError):
             self._files.rm_file(self._in(name))
+        forget_copy(self._url(name))
 
     def size(self, name: str) -> int:
         with told(self._url(name)):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.errors import UserError
 from schemas.files import write_text
@@ -19,6 +19,8 @@ FeatureType = Literal["float16", "int8"]
 ComputeType = Literal["float32", "bfloat16", "float16"]
 Decoder = Literal["pyav", "decord"]
 Filter = Literal["lanczos", "bicubic"]
+
+_OPTION = {"storage": "format"}  # what the user calls it
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 
@@ -49,7 +51,7 @@ class Fingerprint(BaseModel):
     preprocessing: dict[str, int | float | str | list[float]]
     decoder: Decoder = "pyav"
     compute: ComputeType = "float32"  # what the tower computed in
-    tick_hz: float
+    tick_hz: float = Field(gt=0, allow_inf_nan=False)
     tokens_per_frame: int
     dim: int
     dtype: FeatureType = "float16"
@@ -86,10 +88,12 @@ class Fingerprint(BaseModel):
         """
         try:
             return cls.model_validate_json(text)
-        except ValueError as error:
-            reason = "; ".join(str(error).splitlines()[1:3]) or str(error)
+        except ValidationError as error:
+            found = error.errors()[0]
+            what = ".".join(map(str, found["loc"]))
             raise UserError(
-                f"{where} is not a fingerprint of this version ({' '.join(reason.split())}); make the cache again"
+                f"{where} is not a fingerprint of this version ({what + ': ' if what else ''}{found['msg']}); "
+                "make the cache again"
             ) from None
 
     def bytes_per_tick(self) -> int:
@@ -104,7 +108,9 @@ class Fingerprint(BaseModel):
         """
         mine, theirs = (each.model_dump(exclude={"model"}) for each in (self, other))
         differing = [
-            f"{key}: {theirs[key]} there, {mine[key]} now" for key in mine if mine[key] != theirs[key]
+            f"{_OPTION.get(key, key)}: {theirs[key]} there, {mine[key]} now"
+            for key in mine
+            if mine[key] != theirs[key]
         ]
         if differing:
             raise UserError(

@@ -432,7 +432,7 @@ def test_other_settings_are_refused(
     slow = some_labels(labels, tmp_path / "slow", slice(0, 1), change=with_rate(4.0))
     with pytest.raises(UserError, match=r"tick_hz: 2\.0 there, 4\.0 now"):
         made(slow, shards, encoder)
-    with pytest.raises(UserError, match=r"dtype: float16 there, int8 now; storage: tar there, h5 now"):
+    with pytest.raises(UserError, match=r"dtype: float16 there, int8 now; format: tar there, h5 now"):
         made(labels, shards, encoder, dtype="int8", storage="h5")
     assert every_file(shards) == before
 
