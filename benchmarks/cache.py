@@ -3,13 +3,12 @@
     python benchmarks/cache.py            # needs the program ffmpeg
 
 Encodes some 360p clips, then measures in turn, for towers that are faster and slower than decoding:
-- `whole`: `cache_features` on all of them, with one decode process and one thread of the tower;
-- `decode`: the same frames from the same kind of process, thrown away;
+- `whole`: `cache_features` on all of them;
+- `decode`: the same frames from the same decode processes, thrown away;
 - `encode`: the same number of frames through the tower;
-- `jpeg`: ffmpeg writes a JPEG for each tick, then one process reads, resizes and encodes them, with two threads each,
-  beside `whole_two`: `cache_features` as it runs by default on two cores.
-The tower's thread takes a core of its own, as a GPU would leave the cores to the decoders. Prints JSON: frames a second
-and the ratios.
+- `jpeg`: ffmpeg writes a JPEG for each tick, then they are read, resized and encoded, all cores used in both steps.
+A tower is a clock that takes its time for each frame and no processor's, as a GPU does; those of `--layers` are real
+ones on the CPU, which share the cores with the decoders. Prints JSON: frames a second and the ratios.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import av
 import numpy as np
 import torch
 from made_labels import TICK_HZ, write_labels
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
@@ -40,9 +40,11 @@ from pipeline.feed import Feed, Frames
 from pipeline.presets import init_model
 from pipeline.todo import CacheOptions
 from pipeline.vision import VisionEncoder
+from pipeline.workers import available_cores
 from schemas.clock import Clock
 
 HEIGHT, WIDTH, RATE = 360, 640, 30
+CORES = available_cores()
 Videos = list[tuple[str, str, int]]
 
 
@@ -65,34 +67,41 @@ def write_clip(path: Path, seconds: int, seed: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write_tower(folder: Path, layers: int) -> Path:
-    """The tiny checkpoint with a tower of so many layers."""
-    init_model("tiny", folder)
+class Elsewhere(VisionEncoder):
+    """A tower that encodes so many frames a second on another device; its features are zeros."""
+
+    def __init__(self, folder: Path, frames_a_second: float) -> None:
+        super().__init__(folder, "cpu")
+        self._rate, self._free_at = frames_a_second, 0.0
+
+    def start(self, frames: NDArray[np.uint8]) -> tuple[float, int]:  # type: ignore[override]
+        self._free_at = max(time.perf_counter(), self._free_at) + self.batch_size / self._rate
+        return self._free_at, len(frames)
+
+    def finish(self, pending: tuple[float, int]) -> NDArray[np.float32]:  # type: ignore[override]
+        time.sleep(max(0.0, pending[0] - time.perf_counter()))
+        return np.zeros((pending[1], self.tokens_per_frame, self.dim), np.float32)
+
+
+def real_tower(folder: Path, layers: int) -> VisionEncoder:
+    """The tiny checkpoint with a tower of so many layers, on the CPU."""
     config = SmolVLMConfig.from_pretrained(folder)
     config.vision_config.num_hidden_layers = layers
     torch.manual_seed(0)
     SmolVLMForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-def make_encoder(tower: Path, threads: int) -> VisionEncoder:
-    """One that works in so many threads, and has worked once."""
-    torch.set_num_threads(threads)  # what an encoder's threads are counted by when it is made
-    encoder = VisionEncoder(tower, "cpu")
-    encode(encoder.batch_size, encoder)
-    return encoder
+    return VisionEncoder(folder, "cpu")
 
 
 def whole(labels: Path, out: Path, encoder: VisionEncoder) -> None:
     shutil.rmtree(out, ignore_errors=True)
-    summary = cache_features(labels, out, Here(encoder), CacheOptions(workers=1))
+    summary = cache_features(labels, out, Here(encoder), CacheOptions(workers=CORES))
     if summary.failures:
         raise SystemExit(summary.failures[0].reason)
 
 
 def decode(videos: Videos, encoder: VisionEncoder) -> None:
     tasks = (VideoTask(n, uri, 0, ticks - 1, "pyav") for n, (_, uri, ticks) in enumerate(videos))
-    with Feed(encoder.preprocessor, Clock(TICK_HZ), workers=1, limit_s=120) as feed:
+    with Feed(encoder.preprocessor, Clock(TICK_HZ), workers=CORES, limit_s=120) as feed:
         got = sum(len(event.images) for event in feed.events(tasks) if isinstance(event, Frames))
     if got != sum(ticks for _, _, ticks in videos):
         raise SystemExit(f"{got} frames were decoded")
@@ -101,8 +110,12 @@ def decode(videos: Videos, encoder: VisionEncoder) -> None:
 def encode(count: int, encoder: VisionEncoder) -> None:
     side = encoder.preprocessor.square
     frames = np.random.default_rng(0).integers(0, 256, (encoder.batch_size, side, side, 3), np.uint8)
-    for _ in range(0, count, encoder.batch_size):
-        encoder.encode(frames)
+    pending = encoder.start(frames)
+    for _ in range(encoder.batch_size, count, encoder.batch_size):
+        following = encoder.start(frames)
+        encoder.finish(pending)
+        pending = following
+    encoder.finish(pending)
 
 
 def jpeg(videos: Videos, folder: Path, encoder: VisionEncoder) -> None:
@@ -123,7 +136,7 @@ def jpeg(videos: Videos, folder: Path, encoder: VisionEncoder) -> None:
             "2",
         ]
         subprocess.run([*command, str(folder / name / "%06d.jpg")], check=True)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         for name, _, ticks in videos:
             paths = sorted((folder / name).glob("*.jpg"))
             if abs(len(paths) - ticks) > 1:  # ffmpeg rounds
@@ -149,7 +162,8 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--seconds", type=int, default=60, help="of each clip")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 32, 128], help="of the towers")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1000, 120, 40], help="of the towers")
+    parser.add_argument("--layers", type=int, nargs="+", default=[], help="of real towers")
     arguments = parser.parse_args()
     if shutil.which("ffmpeg") is None:
         raise SystemExit("the program ffmpeg is not on the PATH; install it to compare with it")
@@ -161,31 +175,35 @@ def main() -> None:
         for seed, (_, uri, _) in enumerate(videos):
             write_clip(Path(uri), arguments.seconds, seed)
         write_labels(root / "labels/made", videos)
+        init_model("tiny", root / "tower")
+        towers: dict[str, VisionEncoder] = {
+            f"{rate:g} frames a second": Elsewhere(root / "tower", rate) for rate in arguments.rates
+        }
         for layers in arguments.layers:
-            tower = write_tower(root / f"tower-{layers}", layers)
-            one, two = (make_encoder(tower, threads) for threads in (1, 2))
-            frames = ticks * len(videos)
+            shutil.copytree(root / "tower", root / f"tower-{layers}")
+            towers[f"{layers} layers"] = real_tower(root / f"tower-{layers}", layers)
+        frames = ticks * len(videos)
+        for name, tower in towers.items():
             measures: dict[str, Callable[[], None]] = {
-                "whole": partial(whole, root / "labels", root / "out", one),
-                "decode": partial(decode, videos, one),
-                "encode": partial(encode, frames, one),
-                "whole_two": partial(whole, root / "labels", root / "out", two),
-                "jpeg": partial(jpeg, videos, root / "jpeg", two),
+                "whole": partial(whole, root / "labels", root / "out", tower),
+                "decode": partial(decode, videos, tower),
+                "encode": partial(encode, frames, tower),
+                "jpeg": partial(jpeg, videos, root / "jpeg", tower),
             }
             seconds: dict[str, list[float]] = {key: [] for key in measures}
             for _ in range(arguments.rounds):
                 for key, work in measures.items():
                     seconds[key].append(timed(work))
-            results.append(_result(layers, frames, seconds))
+            results.append(_result(name, frames, seconds))
     print(json.dumps(results, indent=1))
 
 
-def _result(layers: int, frames: int, seconds: dict[str, list[float]]) -> dict[str, object]:
+def _result(tower: str, frames: int, seconds: dict[str, list[float]]) -> dict[str, object]:
     rounds = list(zip(*seconds.values(), strict=True))
-    over = [whole / max(decode, encode) for whole, decode, encode, _, _ in rounds]
-    gain = [jpeg / whole_two for _, _, _, whole_two, jpeg in rounds]
+    over = [whole / max(decode, encode) for whole, decode, encode, _ in rounds]
+    gain = [jpeg / whole for whole, _, _, jpeg in rounds]
     return {
-        "tower_layers": layers,
+        "tower": tower,
         "frames_a_second": {
             key: round(frames / statistics.median(taken), 1) for key, taken in seconds.items()
         },
