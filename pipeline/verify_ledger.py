@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.ledger import FOLDER, Entry, Ticks
 from pipeline.storage import Store
-from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.shards import CHUNK_TICKS, Fingerprint, shard_stem
 
@@ -151,10 +150,6 @@ def _fingerprint(store: Store) -> Fingerprint:
         )
     if min(fingerprint.tokens_per_frame, fingerprint.dim) < 1:
         raise UserError("it says that features have no size")
-    try:
-        Clock(fingerprint.tick_hz)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return fingerprint
 
 

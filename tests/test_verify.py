@@ -294,7 +294,7 @@ def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
         ("{", "fingerprint"),
         ('{"format": 2}', "fingerprint"),
         (("chunk_ticks", 32), "32 ticks a record"),
-        (("tick_hz", -2.0), "positive"),
+        (("tick_hz", -2.0), "tick_hz: Input should be greater than 0"),
         (("dim", 0), "no size"),
     ],
 )
