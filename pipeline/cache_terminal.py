@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 _MOST_SHOWN = 10
 
 
-def printable(text: str) -> str:
-    """Without what would move a terminal's cursor; a cache may be a stranger's."""
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
 def noted(text: str) -> None:
     typer.echo(f"note: {text}", err=True)
 
@@ -83,7 +78,7 @@ def echo_report(report: Report, shards: str) -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
     for failure in report.failures:
-        typer.echo(f"not in the cache: {printable(failure.id)}: {printable(failure.reason)}")
+        typer.echo(f"not in the cache: {failure.id}: {failure.reason}")
     for problem in report.problems:
         typer.secho(f"problem: {problem}", fg="red", err=True)
     if report.problems:

@@ -23,7 +23,7 @@ from schemas.errors import UserError
 from schemas.shards import CHUNK_TICKS, Fingerprint, Storage, vision_key
 from schemas.tables import TABLES
 
-_LARGEST_SCALE = float(np.finfo(np.float16).max) / 128  # of int8 features
+LARGEST_SCALE = float(np.finfo(np.float16).max) / 128  # of int8 features
 
 
 class ShardWriter(Protocol):
@@ -157,7 +157,7 @@ class ShardCache:
         reader = self._reader(self._sessions[session_id])
         meta, steps, turns = (reader.json(session_id, part) for part in ("meta", "steps", "turns"))
         session = LabelledSession(meta, steps, turns, reader.table(session_id, "frames"))
-        wrong = _what_is_wrong(session_id, session)
+        wrong = what_is_wrong(session_id, session)
         if wrong:
             raise UserError(f"{reader.path}: session {session_id} {wrong}; run 'dst cache-features' again")
         return session
@@ -235,7 +235,7 @@ class ShardCache:
                     f"{reader.path}: record {key} holds {array.dtype} {list(array.shape)} in place of "
                     f"{dtype} {list(shape)}; remove it and run 'dst cache-features' again"
                 )
-        if chunk.scale is not None and not (np.abs(chunk.scale) <= _LARGEST_SCALE).all():
+        if chunk.scale is not None and not (np.abs(chunk.scale) <= LARGEST_SCALE).all():
             raise UserError(
                 f"{reader.path}: record {key} holds values that float16 cannot hold; "
                 "encode the features with another checkpoint"
@@ -262,7 +262,7 @@ class _Ticks:
             np.multiply(self.vision, self.scale, out=out, dtype=np.float32, casting="same_kind")
 
 
-def _what_is_wrong(session_id: str, session: LabelledSession) -> str | None:
+def what_is_wrong(session_id: str, session: LabelledSession) -> str | None:
     """What would let a reader of the session stumble; what a shard holds may come from anywhere."""
     for name, rows in (("sessions", [session.meta]), ("steps", session.steps), ("turns", session.turns)):
         if not _are_rows(name, rows):
@@ -272,7 +272,9 @@ def _what_is_wrong(session_id: str, session: LabelledSession) -> str | None:
     if not session.frames.schema.equals(TABLES["frames"]):
         return "has other columns than this version writes"
     ticks = session.frames["tick"].to_numpy()
-    if not np.array_equal(ticks, np.arange(session.first_tick, session.first_tick + session.num_ticks)):
+    if len(ticks) != session.num_ticks or not np.array_equal(
+        ticks, session.first_tick + np.arange(len(ticks))
+    ):
         return "has not one row of frames for each of its ticks"
     for name in ("dst_state", "transitions"):
         if pc.any(pc.not_equal(pc.list_value_length(session.frames[name]), len(session.steps))).as_py():

@@ -84,6 +84,9 @@ def verify(
         report.counts["sessions"] = contents.num_sessions
     for told in (report.problems, report.notes):
         told[:] = map(_printable, told)
+    report.failures = [
+        Failure(id=_printable(failure.id), reason=_printable(failure.reason)) for failure in report.failures
+    ]
     return report
 
 

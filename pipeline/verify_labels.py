@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.ledger import Entry, key_of
 from pipeline.plan import LabelTables
 from pipeline.shard_reader import ShardReader
-from pipeline.shards import LabelledSession, _what_is_wrong
+from pipeline.shards import LabelledSession, what_is_wrong
 from pipeline.verify_vision import at_ticks
 from schemas.clock import Clock
 from schemas.errors import UserError
@@ -148,7 +148,7 @@ def _session(reader: ShardReader, key: str) -> LabelledSession:
     if not isinstance(meta, dict) or meta.get("num_ticks") != len(frames):
         raise _NotAsWanted(f"it has {len(frames)} rows of frames, which is not what its meta says")
     session = LabelledSession(meta, steps, turns, frames)
-    wrong = _what_is_wrong(key, session)
+    wrong = what_is_wrong(key, session)
     if wrong:
         raise _NotAsWanted(f"the session {wrong}")
     if len(frames) == 0:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.ledger import Entry, VideoEntry
 from pipeline.shard_reader import ShardReader
-from pipeline.shards import _LARGEST_SCALE
+from pipeline.shards import LARGEST_SCALE
 from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.shards import CHUNK_TICKS, Fingerprint, vision_key
@@ -189,7 +189,7 @@ def _of_float16(features: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.b
 
 def _of_int8(features: NDArray[Any], scale: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     scale = scale[:, :, 0]
-    finite = (np.abs(scale) <= _LARGEST_SCALE).all(axis=1)  # False for NaN
+    finite = (np.abs(scale) <= LARGEST_SCALE).all(axis=1)  # False for NaN
     return finite, ~(features.any(axis=2) & (scale != 0)).any(axis=1)
 
 
