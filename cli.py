@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from csv import DictWriter
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from pipeline.devices import choose_device, choose_devices
 from pipeline.terminal import echo_table, progress
 from schemas.checkpoints import DEFAULT_MODEL
 from schemas.errors import UserError
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.estimate import Estimate
     from pipeline.shards import LabelledSession
     from training.traces import Trace
 
@@ -45,6 +46,15 @@ class _Commands(TyperGroup):
                 raise
             typer.secho(f"error: {_os_sentence(error)}", fg="red", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt as stop:
+            kept = "; finished shards are kept: run it again to go on"
+            typer.secho(f"stopped{kept if ctx.invoked_subcommand == 'cache-features' else ''}", err=True)
+            ctx.exit(128 + (stop.args or (signal.SIGINT,))[0])
+
+
+def _stop(number: int, frame: object) -> None:
+    """A scheduler's SIGTERM ends a command as Ctrl-C does: locks and temporary files go with it."""
+    raise KeyboardInterrupt(number)
 
 
 def _os_sentence(error: OSError) -> str:
@@ -70,6 +80,7 @@ Gpu = Annotated[int | None, typer.Option(help="Number of the GPU to use.")]
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
+    signal.signal(signal.SIGTERM, _stop)
     # Read by transformers when it is imported; what matters is checked and said by the commands themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -335,75 +346,36 @@ def cache_features(
 
     Example: dst cache-features --gpu 0 --model models/tiny
     """
-    from pipeline.cache import cache_features as run
-    from pipeline.cache import dry_run as estimate_only
-    from pipeline.cache import relabel
-    from pipeline.cache_terminal import echo_cache_summary, echo_estimate, echo_failures, echo_hours, noted
+    from pipeline.cache_terminal import cache_and_tell, dry_run_and_tell, open_engine, relabel_and_tell
     from pipeline.encode import EncoderSpec
-    from pipeline.engines import Engine, Here, Processes
     from pipeline.todo import CacheOptions
     from pipeline.workers import available_cores
     from schemas.checkpoints import checkpoint_folder
 
+    on_ray = engine == "ray"
     if labels_only:
-        if dry_run or retry_failed or shard is not None or engine == "ray":
+        if dry_run or retry_failed or shard is not None or on_ray:
             raise UserError(
                 "--labels-only writes the labels of all finished shards: leave --dry-run, --retry-failed, --shard and "
                 "--engine away"
             )
-        summary = relabel(labels, out, noted)
-        typer.echo(f"labels of {summary.shards_kept} shards in {out} follow {labels}; no video was opened")
-        echo_failures(
-            summary, f"all listed in {out}/ledger; run it without --labels-only to add their videos"
-        )
-        raise typer.Exit(1 if summary.failures else 0)
-    began = time.perf_counter()
-    part, of = _part_of(shard)
-    on_ray = engine == "ray"
-    if on_ray and device not in (None, "cpu", "cuda"):
-        raise UserError(f"unknown --device {device!r}; use cpu or cuda")
+        raise typer.Exit(1 if relabel_and_tell(labels, out) else 0)
     if on_ray and (gpu is not None or shard is not None or dry_run):
         raise UserError("--engine ray takes all GPUs of its cluster: leave --gpu, --shard and --dry-run away")
+    part, of = _part_of(shard)
     if decoder == "decord":
         from pipeline.decord_frames import require_decord
 
         require_decord()
-    devices = [device or "cuda"] if on_ray else _choose_devices(gpu, device)
+    devices = choose_devices(gpu, device, somewhere_else=on_ray)
     spec = EncoderSpec(checkpoint_folder(model), model, tokens_per_frame, preprocess, compute, batch_size)
     # on the CPU, the tower takes its share of the cores
     sharing = len(devices) if devices[0] != "cpu" else 2
     workers = workers or max(1, available_cores() // sharing)
-    made: Engine
-    if on_ray:
-        from pipeline.ray_engine import OnRay
-
-        made = OnRay(spec, devices[0])
-    elif len(devices) == 1 or dry_run:
-        made = Here(spec.load(devices[0]))
-    else:
-        made = Processes(spec, devices)
     options = CacheOptions(shard_mb, format, dtype, decoder, workers, time_limit, part, of, retry_failed)
-    with made as encoders:
-        if dry_run:
-            assert isinstance(encoders, Here)
-            estimate, rate = estimate_only(labels, out, encoders, options, len(devices))
-            echo_estimate(estimate)
-            echo_hours(estimate, rate, len(devices))
-            estimate.require_room()
-            return
-        with progress("ticks") as bar:
-
-            def on_estimate(estimate: Estimate) -> None:
-                echo_estimate(estimate)
-                bar.start(estimate.ticks)
-
-            summary = run(
-                labels, out, encoders, options, say=noted, on_estimate=on_estimate, on_tick=bar.advance
-            )
-    echo_cache_summary(summary, time.perf_counter() - began, out)
-    if not summary.failures and of == 1:
-        typer.echo(f"next: dst verify {out}, then dst train --shards {out}")
-    if summary.failures:
+    if dry_run:
+        dry_run_and_tell(labels, out, spec, devices, options)
+    elif cache_and_tell(labels, out, open_engine(spec, devices, on_ray), options):
         raise typer.Exit(1)
 
 
@@ -444,7 +416,7 @@ def train(
     from training.recipe import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
-    chosen = _choose_device(gpu, device)
+    chosen = choose_device(gpu, device)
     from training.trainer import train as run
 
     out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
@@ -476,7 +448,7 @@ def evaluate(
 
     Example: dst evaluate --run out/runs/tiny --split test
     """
-    chosen = _choose_device(gpu, device)
+    chosen = choose_device(gpu, device)
     metrics, traces = _evaluated(run, shards, split, checkpoint, chosen)
     _echo_metrics(metrics)
     _write_timeline(run, shards, traces)
@@ -536,39 +508,6 @@ def demo(
     }
     for name, place in places.items():
         typer.echo(f"  {name:9} {place}")
-
-
-def _choose_device(gpu: int | None, device: str | None) -> str:
-    """What to run on; says it in one line when the user has not."""
-    import torch
-
-    if gpu is not None:
-        if gpu >= torch.cuda.device_count() or gpu < 0:
-            raise UserError(
-                f"there is no GPU {gpu} here ({torch.cuda.device_count()} found); use --device cpu"
-            )
-        torch.cuda.set_device(gpu)  # what accelerate takes
-        return f"cuda:{gpu}"
-    if device is not None:
-        if device not in ("cpu", "cuda"):
-            raise UserError(f"unknown --device {device!r}; use cpu or cuda")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("there is no GPU here; use --device cpu")
-        return device
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    typer.echo("using the GPU" if chosen == "cuda" else "no GPU found: using the CPU")
-    return chosen
-
-
-def _choose_devices(gpu: str | None, device: str | None) -> list[str]:
-    """Each device an encoder is to run on."""
-    numbers = (gpu or "").split(",")
-    if gpu is not None and not all(number.strip().isdecimal() for number in numbers):
-        raise UserError(f"--gpu {gpu!r} is not a number, nor several with commas between; write 0 or 0,1,2,3")
-    if gpu is None:
-        return [_choose_device(None, device)]
-    chosen = list(dict.fromkeys(int(number) for number in numbers))
-    return [_choose_device(number, device) for number in chosen]
 
 
 def _part_of(shard: str | None) -> tuple[int, int]:

@@ -88,7 +88,7 @@ def cache_features(
         if not _is_cache_of(store, fingerprint):
             store.write_text("cache.json", fingerprint.text())
         ledger = Ledger(store)
-        todo = make_todo(tables, fingerprint, store, ledger, options)
+        todo = make_todo(tables, fingerprint, ledger, options)
         expected = Estimate.of(todo, fingerprint, store, engine.encoders, options.workers)
         on_estimate(expected)
         expected.require_room()
@@ -142,7 +142,7 @@ def dry_run(
     tables, store = LabelTables(labels), open_store(out)
     fingerprint = _fingerprint(engine, tables, options)
     _is_cache_of(store, fingerprint)
-    todo = make_todo(tables, fingerprint, store, Ledger(store), options)
+    todo = make_todo(tables, fingerprint, Ledger(store), options)
     expected = Estimate.of(todo, fingerprint, store, encoders, options.workers)
     return expected, probe(todo, fingerprint, engine.encoder, options.workers, options.limit_s, seconds)
 

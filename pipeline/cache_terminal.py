@@ -1,19 +1,75 @@
-"""What `dst cache-features` and `dst verify` tell on a terminal."""
+"""What `dst cache-features` and `dst verify` do and tell on a terminal."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from pipeline.cache import Summary, cache_features, dry_run, relabel
+from pipeline.encode import EncoderSpec
+from pipeline.engines import Engine, Here, Processes
 from pipeline.estimate import Estimate, in_bytes
-from pipeline.terminal import echo_table
+from pipeline.ledger import Failure
+from pipeline.terminal import echo_table, progress
+from pipeline.todo import CacheOptions
 
 if TYPE_CHECKING:
-    from pipeline.cache import Summary
     from pipeline.verify import Report
 
 _MOST_SHOWN = 10
+
+
+def open_engine(spec: EncoderSpec, devices: Sequence[str], on_ray: bool) -> Engine:
+    """Load an encoder for each device; ``on_ray``, for each of that kind in the cluster."""
+    if on_ray:
+        from pipeline.ray_engine import OnRay
+
+        return OnRay(spec, devices[0])
+    return Here(spec.load(devices[0])) if len(devices) == 1 else Processes(spec, devices)
+
+
+def cache_and_tell(labels: Path, out: str, engine: Engine, options: CacheOptions) -> list[Failure]:
+    """Make or complete a cache, and end the engine; what failed."""
+    began = time.perf_counter()
+    with engine as encoders, progress("ticks") as bar:
+
+        def on_estimate(estimate: Estimate) -> None:
+            echo_estimate(estimate)
+            bar.start(estimate.ticks)
+
+        summary = cache_features(
+            labels, out, encoders, options, say=noted, on_estimate=on_estimate, on_tick=bar.advance
+        )
+    echo_cache_summary(summary, time.perf_counter() - began, out)
+    if not summary.failures and options.of == 1:
+        typer.echo(f"next: dst verify {out}, then dst train --shards {out}")
+    return summary.failures
+
+
+def dry_run_and_tell(
+    labels: Path, out: str, spec: EncoderSpec, devices: Sequence[str], options: CacheOptions
+) -> None:
+    """Tell what `cache_and_tell` would do.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    estimate, rate = dry_run(labels, out, Here(spec.load(devices[0])), options, len(devices))
+    echo_estimate(estimate)
+    echo_hours(estimate, rate, len(devices))
+    estimate.require_room()
+
+
+def relabel_and_tell(labels: Path, out: str) -> list[Failure]:
+    """Write the labels of a cache anew; what failed."""
+    summary = relabel(labels, out, noted)
+    typer.echo(f"labels of {summary.shards_kept} shards in {out} follow {labels}; no video was opened")
+    echo_failures(summary, f"all listed in {out}/ledger; run it without --labels-only to add their videos")
+    return summary.failures
 
 
 def noted(text: str) -> None:
@@ -75,10 +131,14 @@ def echo_failures(summary: Summary, advice: str) -> None:
 def echo_report(report: Report, shards: str) -> None:
     """What `dst verify` found; problems last, where they are seen."""
     echo_table(("checked", "count"), list(report.counts.items()))
-    for note in report.notes:
+    for note in report.notes[:_MOST_SHOWN]:
         typer.echo(f"note: {note}")
-    for failure in report.failures:
+    if len(report.notes) > _MOST_SHOWN:
+        typer.echo(f"note: {len(report.notes)} such notes in all")
+    for failure in report.failures[:_MOST_SHOWN]:
         typer.echo(f"not in the cache: {failure.id}: {failure.reason}")
+    if len(report.failures) > _MOST_SHOWN:
+        typer.echo(f"not in the cache: {len(report.failures)} in all, listed in {shards}/ledger")
     for problem in report.problems:
         typer.secho(f"problem: {problem}", fg="red", err=True)
     if report.problems:

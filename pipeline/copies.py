@@ -6,10 +6,12 @@ variables, fsspec's own configuration).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +110,7 @@ def local_copy(url_or_path: str, folder: Path | None = None) -> Path:
     ``~/.cache/dst/copies``. An object that has changed is fetched anew; several processes may ask at once.
 
     Raises:
-        UserError: the object is not there, cannot be read, or came incomplete.
+        UserError: the object is not there, cannot be read, or came incomplete, or there is no room for it.
     """
     if not is_remote(url_or_path):
         return local_path(url_or_path)
@@ -118,9 +120,8 @@ def local_copy(url_or_path: str, folder: Path | None = None) -> Path:
     size = info["size"]
     if info["type"] != "file" or size is None:
         raise UserError(f"{url_or_path} is not a file whose size its store tells; copy it here by hand")
-    copy = (
-        folder or _folder()
-    ) / f"{_of_url(url_or_path)}-{_short_hash(_version(info))}{_ending(url_or_path)}"
+    place = _place(url_or_path, folder or _folder())
+    copy = place / f"{_short_hash(_version(info))}{PurePosixPath(urlsplit(url_or_path).path).suffix}"
     if not copy.is_file():
         _fetch(url_or_path, file_system, remote, size, copy)
     return copy
@@ -129,13 +130,18 @@ def local_copy(url_or_path: str, folder: Path | None = None) -> Path:
 def forget_copy(url_or_path: str) -> None:
     """Remove the local copies of a remote object; a file that is local stays where it is."""
     if is_remote(url_or_path):
-        for copy in _folder().glob(f"{_of_url(url_or_path)}-*"):
-            copy.unlink(missing_ok=True)
+        shutil.rmtree(_place(url_or_path, _folder()), ignore_errors=True)
 
 
 def _fetch(url: str, file_system: Any, remote: str, size: int, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     _remove_what_killed_runs_left(copy.parent)
+    free = shutil.disk_usage(copy.parent).free
+    if free < size:
+        raise UserError(
+            f"{copy.parent} has {free / 1e9:.1f} GB free, and the copy of {url} needs {size / 1e9:.1f} GB; free some, "
+            "or name another folder in the environment variable DST_COPIES"
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = copy.with_name(f".{copy.stem}.{_MINE}-{os.getpid()}-{next(_numbers)}.tmp")
     try:
         with told(url):
@@ -149,7 +155,7 @@ def _fetch(url: str, file_system: Any, remote: str, size: int, copy: Path) -> No
         fsync_folder(copy.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    for older in copy.parent.glob(f"{_of_url(url)}-*"):
+    for older in copy.parent.glob("[!.]*"):
         if older != copy:
             older.unlink(missing_ok=True)
 
@@ -170,12 +176,9 @@ def _folder() -> Path:
     return Path(os.environ.get("DST_COPIES") or Path.home() / ".cache" / "dst" / "copies")
 
 
-def _of_url(url: str) -> str:
-    return _short_hash(url)
-
-
-def _ending(url: str) -> str:
-    return PurePosixPath(urlsplit(url).path).suffix
+def _place(url: str, folder: Path) -> Path:
+    """A folder for the copy of one object: that of ten thousand others is not looked through for it."""
+    return folder / _short_hash(url)
 
 
 def _short_hash(text: str) -> str:

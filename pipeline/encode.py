@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.copies import is_remote, local_copy
 from pipeline.feed import Ended, Failed, Feed, Frames, Restarted, VideoTask
+from pipeline.identity import identities
 from pipeline.ledger import Failure, Unreadable, VideoEntry
 from pipeline.spool import Made, Shard, Video, commit
 from pipeline.storage import open_store
@@ -174,7 +175,8 @@ class _Shards:
                 ticks=event.ticks,
                 needed=needed,
                 rotation_deg=video.row["rotation_deg"],
-                identity=video.identity,
+                identity=video.identity
+                or identities([video.row["uri"]])[0],  # it was not there when it was planned
                 unreadable=tuple(Unreadable(*run) for run in event.unreadable),
                 notes=tuple(event.notes),
             )

@@ -78,42 +78,35 @@ class Ledger:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self.entries: dict[str, Entry] = {}
-        for name in store.names(FOLDER):
-            if name.endswith(".json") and (entry := self._read(f"{FOLDER}/{name}")) is not None:
-                self.entries[name.removesuffix(".json")] = entry
+        # each a single question to the store, however many shards there are; another run may be writing others
+        self._sizes = store.sizes()
+        names = [f"{FOLDER}/{name}" for name in store.names(FOLDER) if name.endswith(".json")]
+        self.entries = {
+            Path(name).stem: _parsed(data, f"{store.url}/{name}")
+            for name, data in store.read_all(names).items()
+        }
 
     def finished(self, stem: str, key: str) -> Entry | None:
-        """The entry of a file that was made from the same input and is still there, with all its bytes."""
+        """The entry of a file that was made from the same input and was still there, with all its bytes."""
         entry = self.entries.get(stem)
         return entry if entry is not None and entry.key == key and self.is_whole(entry) else None
 
     def is_whole(self, entry: Entry) -> bool:
-        """Whether its file is there with all its bytes."""
-        return self._store.has(entry.file) and self._store.size(entry.file) == entry.bytes
+        """Whether its file was there with all its bytes when the ledger was read."""
+        return self._sizes.get(entry.file) == entry.bytes
 
-    def _read(self, name: str) -> Entry | None:
-        """None where another part of an array job is just about to replace it."""
-        try:
-            text = self._store.read_text(name)
-        except (UserError, FileNotFoundError):
-            if self._store.has(name):
-                raise
-            return None
-        try:
-            entry = Entry.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(
-                f"{self._store.url}/{name} is not an entry of this version's ledger ({first['msg']}); remove it, "
-                "and its shard is made again"
-            ) from None
-        if entry.file.rpartition(".")[0] != Path(name).stem:
-            raise UserError(
-                f"{self._store.url}/{name} is about {entry.file!r}; remove it, and its shard is made again"
-            )
-        return entry
+
+def _parsed(data: bytes, where: str) -> Entry:
+    try:
+        entry = Entry.model_validate_json(data)
+    except ValidationError as error:
+        raise UserError(
+            f"{where} is not an entry of this version's ledger ({error.errors()[0]['msg']}); remove it, and its "
+            "shard is made again"
+        ) from None
+    if entry.file.rpartition(".")[0] != Path(where).stem:
+        raise UserError(f"{where} is about {entry.file!r}; remove it, and its shard is made again")
+    return entry
 
 
 def record(store: Store, stem: str, entry: Entry) -> None:

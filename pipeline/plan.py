@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.copies import is_remote
 from schemas.clock import Clock
 from schemas.errors import UserError
+from schemas.records import video_parts
 from schemas.shards import is_safe_key
 from schemas.tables import TABLES, label_folders, open_table, read_table
 
@@ -81,6 +83,11 @@ class LabelTables:
             odd = [row[key] for row in rows if not is_safe_key(row[key])]
             if odd:
                 raise UserError(f"{self.folder} has the {key} {odd[0]!r}, which cannot name a record")
+        for part in (part for video in self.videos for part in video_parts(video["uri"])):
+            try:
+                is_remote(part)
+            except UserError as error:
+                raise UserError(f"{self.folder}: {error} and run 'dst prepare' again") from None
         beginless = [video["video_id"] for video in self.videos if video["last_tick_needed"] < 0]
         if beginless:
             raise UserError(

@@ -61,6 +61,7 @@ class OnRay:
         for work in [*works, *([None] * self.encoders)]:
             queue.put(work)
         running = [actor.make.options(num_returns="streaming").remote(job, queue) for actor in self._actors]
+        self._actors.append(queue.actor)  # which would stay in a cluster that others started
         try:
             while running:
                 [ready], running = self._ray.wait(running, num_returns=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,11 @@ class ShardCache:
         self._videos: dict[str, tuple[str, int]] = {}  # where each is, and its ticks
         self._sessions: dict[str, str] = {}
         self._readers: dict[str, ShardReader] = {}
-        for entry in Ledger(store).entries.values():
+        entries = Ledger(store).entries.values()
+        with ThreadPoolExecutor(16) as pool:  # a remote one takes a network's delay
+            labels = [entry.file for entry in entries if entry.file.startswith("labels-")]
+            self._paths = dict(zip(labels, pool.map(self._local, labels), strict=True))
+        for entry in entries:
             self._add(entry)
         if not self._sessions:
             raise UserError(
@@ -130,9 +135,12 @@ class ShardCache:
             raise UserError(f"{self.folder} holds {twice[0]!r} in two shards; run 'dst cache-features' again")
         places.update(new)
 
+    def _local(self, file: str) -> Path:
+        return local_copy(f"{self.folder}/{file}")
+
     def _reader(self, file: str) -> ShardReader:
         if file not in self._readers:
-            path = local_copy(f"{self.folder}/{file}")
+            path = self._paths.get(file) or self._local(file)
             if not path.is_file():
                 raise UserError(f"{path} is not there; run 'dst cache-features' again")
             size = path.stat().st_size

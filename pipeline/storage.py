@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -40,8 +41,12 @@ class Store(ABC):
         self._work: Path | None = None
 
     @abstractmethod
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file in the store, or in a folder of it, by name, sorted; none where that is not there."""
+
     def names(self, folder: str = "") -> list[str]:
         """Names of the files in the store, or in a folder of it, sorted; none where that is not there."""
+        return list(self.sizes(folder))
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -53,6 +58,14 @@ class Store(ABC):
 
         Raises:
             UserError: it is not there, or not text.
+        """
+
+    @abstractmethod
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Many small files by name, at once where each takes a network's delay; without those that are gone.
+
+        Raises:
+            UserError: one cannot be read.
         """
 
     def write_text(self, name: str, text: str) -> None:
@@ -76,14 +89,6 @@ class Store(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file; none of that name is no error."""
-
-    @abstractmethod
-    def size(self, name: str) -> int:
-        """Bytes of a file.
-
-        Raises:
-            UserError: it is not there.
-        """
 
     @abstractmethod
     def free_bytes(self) -> int | None:
@@ -139,19 +144,27 @@ class LocalStore(Store):
         super().__init__(str(folder))
         self.folder = folder
 
-    def names(self, folder: str = "") -> list[str]:
+    def sizes(self, folder: str = "") -> dict[str, int]:
         there = self.folder / folder
-        return (
-            sorted(p.name for p in there.iterdir() if _is_shown(p.name) and p.is_file())
-            if there.is_dir()
-            else []
-        )
+        sizes = {}
+        for path in sorted(there.iterdir()) if there.is_dir() else []:
+            with suppress(FileNotFoundError):  # another part of an array job may have removed it just now
+                if _is_shown(path.name) and stat.S_ISREG((status := path.stat()).st_mode):
+                    sizes[path.name] = status.st_size
+        return sizes
 
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
     def read_text(self, name: str) -> str:
         return _text(self.local(name).read_bytes(), str(self.folder / name))
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        read = {}
+        for name in names:
+            with suppress(FileNotFoundError):  # another part of an array job may be replacing it just now
+                read[name] = (self.folder / name).read_bytes()
+        return read
 
     def commit(self, finished: Path, name: str) -> None:
         path = self.folder / name
@@ -167,9 +180,6 @@ class LocalStore(Store):
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
-
-    def size(self, name: str) -> int:
-        return self.local(name).stat().st_size
 
     def free_bytes(self) -> int:
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
@@ -209,10 +219,10 @@ class RemoteStore(Store):
         self._uploads_whole = not _UPLOADS_WHOLE.isdisjoint(
             [protocols] if isinstance(protocols, str) else protocols
         )
-        self.names()  # tells at once what is wrong with the address or the credentials
+        self.sizes()  # tells at once what is wrong with the address or the credentials
 
-    def names(self, folder: str = "") -> list[str]:
-        return [name for name in self._all_names(folder) if _is_shown(name)]
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        return {name: size for name, size in self._all_sizes(folder).items() if _is_shown(name)}
 
     def has(self, name: str) -> bool:
         with told(self._url(name)):
@@ -225,6 +235,19 @@ class RemoteStore(Store):
         with told(self._url(name)):
             data = self._files.cat_file(self._in(name))
         return _text(data, self._url(name))
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        if not names:
+            return {}
+        with told(self.url):
+            # whole files, for all that "ranges" says: cat() would take a [ in a path for a pattern
+            read = self._files.cat_ranges([self._in(name) for name in names], None, None, on_error="return")
+        found = {name: data for name, data in zip(names, read, strict=True) if not _is_gone(data)}
+        for name, data in found.items():
+            if isinstance(data, Exception):
+                with told(self._url(name)):
+                    raise data
+        return found
 
     def commit(self, finished: Path, name: str) -> None:
         upload = self._in(name) if self._uploads_whole else self._in(f".{secrets.token_hex(8)}.tmp")
@@ -252,13 +275,6 @@ class RemoteStore(Store):
             self._files.rm_file(self._in(name))
         forget_copy(self._url(name))
 
-    def size(self, name: str) -> int:
-        with told(self._url(name)):
-            entry = self._files.info(self._in(name))
-            if entry["type"] != "file":
-                raise FileNotFoundError
-            return int(entry["size"])
-
     def free_bytes(self) -> None:
         return None
 
@@ -275,7 +291,7 @@ class RemoteStore(Store):
         own = f"{lock_name(part, of)}@{secrets.token_hex(8)}"
         try:
             self.write_text(own, this_run())
-            there = self._all_names()
+            there = self._all_sizes()
             for lock in (name for name in there if name.startswith(".lock") and name != own):
                 if not go_together(_before_at(own), _before_at(lock)):
                     self._require_dead(lock)
@@ -298,7 +314,7 @@ class RemoteStore(Store):
             raise refusal(self.url, holder, f"; if it was killed, remove {self._url(lock)}")
         self.remove(lock)
 
-    def _all_names(self, folder: str = "") -> list[str]:
+    def _all_sizes(self, folder: str = "") -> dict[str, int]:
         path = self._in(folder)
         with told(self._url(folder)):
             try:
@@ -306,15 +322,21 @@ class RemoteStore(Store):
             except FileNotFoundError as error:
                 if _names_no_bucket(error):
                     raise
-                return []
-        names = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "file")
-        return sorted(name.rpartition("/")[2] for name in names if name != path)
+                return {}
+        sizes = {
+            entry["name"].rstrip("/"): int(entry["size"]) for entry in entries if entry["type"] == "file"
+        }
+        return {name.rpartition("/")[2]: sizes[name] for name in sorted(sizes) if name != path}
 
     def _in(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
 
     def _url(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
+
+
+def _is_gone(answer: bytes | Exception) -> bool:
+    return isinstance(answer, FileNotFoundError)
 
 
 def _is_shown(name: str) -> bool:

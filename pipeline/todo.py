@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,9 +84,7 @@ class Todo:
         return sum(kept.entry.ticks for work in self.works for kept in work.kept.values())
 
 
-def make_todo(
-    tables: LabelTables, fingerprint: Fingerprint, store: Store, ledger: Ledger, options: CacheOptions
-) -> Todo:
+def make_todo(tables: LabelTables, fingerprint: Fingerprint, ledger: Ledger, options: CacheOptions) -> Todo:
     """Compare the plan with the ledger, and the videos with those that were cached."""
     plans = plan_shards(tables, fingerprint.bytes_per_tick(), options.shard_mb)
     mine = [plan for plan in plans if options.owns(plan.number)]
@@ -97,7 +96,7 @@ def make_todo(
             strict=True,
         )
     )
-    cached = _cached(store, ledger, options)
+    cached = _cached(ledger, options)
     settings = fingerprint.model_dump(exclude={"model"})
     finished: dict[int, Entry] = {}
     works: list[VisionWork] = []
@@ -127,7 +126,8 @@ def set_aside(todo: Todo, store: Store, ledger: Ledger, options: CacheOptions) -
         The work, with the names that the files have now.
     """
     sources = {kept.file for work in todo.works for kept in work.kept.values()}
-    now = {file: _old_name(file, store, ledger, options) for file in sorted(sources)}
+    numbers = (n for n in itertools.count(options.part, options.of) if f"old-{n:05d}" not in ledger.entries)
+    now = {file: _old_name(file, store, ledger, numbers) for file in sorted(sources)}
     for stem in list(ledger.entries):
         kind, number = stem.split("-")
         if kind != "old" and options.owns(int(number)) and int(number) >= len(todo.plans):
@@ -155,7 +155,7 @@ def remove_the_rest(todo: Todo, store: Store, ledger: Ledger, options: CacheOpti
             store.remove(name)
 
 
-def _cached(store: Store, ledger: Ledger, options: CacheOptions) -> dict[str, Kept]:
+def _cached(ledger: Ledger, options: CacheOptions) -> dict[str, Kept]:
     """The videos in files that are there whole, whichever plan they were made for; only this run's files."""
     found: dict[str, Kept] = {}
     for stem, entry in sorted(ledger.entries.items()):
@@ -197,12 +197,11 @@ def _number_of(file: str) -> int:
     return int(file.partition(".")[0].rpartition("-")[2])
 
 
-def _old_name(file: str, store: Store, ledger: Ledger, options: CacheOptions) -> str:
+def _old_name(file: str, store: Store, ledger: Ledger, free_numbers: Iterator[int]) -> str:
     stem, _, ending = file.partition(".")
     if stem.startswith("old-"):
         return file
-    numbers = itertools.count(options.part, options.of)
-    old = next(f"old-{n:05d}" for n in numbers if f"old-{n:05d}" not in ledger.entries)
+    old = f"old-{next(free_numbers):05d}"
     entry = ledger.entries[stem].model_copy(update={"file": f"{old}.{ending}"})
     record(store, old, entry)  # first: killed here, it is an entry without a file, which says nothing
     store.rename(file, entry.file)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.copies import local_copy
 from pipeline.ledger import FOLDER, Entry, Failure, sha256_of
 from pipeline.plan import LabelTables
 from pipeline.shards import reader_of
@@ -152,23 +155,30 @@ def _counts(small: SmallFiles) -> Counter[str]:
 
 def _whole_files(store: Store, entries: Iterable[Entry]) -> Iterator[tuple[str, Path | str]]:
     """Each file with its path, or with what its bytes are not; one is read while the one before it is looked into, and
-    is then in the system's cache."""
-    ahead: deque[tuple[str, Future[Path | str]]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for entry in entries:
-            ahead.append((entry.file, pool.submit(_whole_file, store, entry)))
-            if len(ahead) > 1:
-                file, path = ahead.popleft()
-                yield file, path.result()
-        for file, path in ahead:
+    is then in the system's cache. Copies of remote files take no more room than that of two."""
+    there = store.sizes()
+    ahead: deque[tuple[str, Path, Future[Path | str]]] = deque()
+    with tempfile.TemporaryDirectory(prefix="dst-") as scratch, ThreadPoolExecutor(1) as pool:
+
+        def checked() -> Iterator[tuple[str, Path | str]]:
+            file, folder, path = ahead.popleft()
             yield file, path.result()
+            shutil.rmtree(folder, ignore_errors=True)
+
+        for entry in entries:
+            folder = Path(scratch, entry.file)
+            ahead.append((entry.file, folder, pool.submit(_whole_file, store.url, entry, there, folder)))
+            if len(ahead) > 1:
+                yield from checked()
+        while ahead:
+            yield from checked()
 
 
-def _whole_file(store: Store, entry: Entry) -> Path | str:
+def _whole_file(url: str, entry: Entry, there: Mapping[str, int], folder: Path) -> Path | str:
     try:
-        if not store.has(entry.file):
+        if entry.file not in there:
             return f"the ledger has it, and it is not there; {AGAIN}"
-        path = store.local(entry.file)
+        path = local_copy(f"{url}/{entry.file}", folder)
         size = path.stat().st_size
         if size != entry.bytes:
             return (

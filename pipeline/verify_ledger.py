@@ -68,18 +68,18 @@ def read_small_files(store: Store) -> SmallFiles:
             read.problems.append(f"plan.json: it has a shard twice; {AGAIN}")
     except (UserError, ValidationError) as error:
         read.problems.append(f"plan.json: {_sentence(error)}; {AGAIN}")
-    for name in store.names(FOLDER):
-        stem = name.removesuffix(".json")
+    for name, data in store.read_all([f"{FOLDER}/{name}" for name in store.names(FOLDER)]).items():
+        stem = name.removeprefix(f"{FOLDER}/").removesuffix(".json")
         kind, _, number = stem.partition("-")
         try:
-            entry = Entry.model_validate_json(store.read_text(f"{FOLDER}/{name}"))
-            if f"{stem}.json" != name or entry.file.partition(".")[0] != stem:
+            entry = Entry.model_validate_json(data)
+            if f"{FOLDER}/{stem}.json" != name or entry.file.partition(".")[0] != stem:
                 raise UserError(f"it is about {entry.file}")
             if stem != shard_stem(kind, int(number)):
                 raise UserError(f"no shard is called {stem}")
         except (UserError, ValidationError) as error:
             read.broken.add(stem)
-            read.problems.append(f"{FOLDER}/{name}: {_sentence(error)}; remove it and {AGAIN}")
+            read.problems.append(f"{name}: {_sentence(error)}; remove it and {AGAIN}")
         else:
             {"vision": read.vision, "labels": read.labels, "old": read.old}[kind][int(number)] = entry
     return read

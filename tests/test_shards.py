@@ -998,9 +998,9 @@ def test_a_cache_at_an_address(tmp_path: Path, storage: Storage, monkeypatch: py
     remote.put(str(tmp_path / "cache"), f"/{storage}-cache", recursive=True)
     cache = ShardCache(f"memory://{storage}-cache")
     assert cache.session_ids == sorted(SESSIONS)
-    assert len(list((tmp_path / "copies").iterdir())) == 3  # the labels
+    assert len(list((tmp_path / "copies").glob("*/*"))) == 3  # the labels
     np.testing.assert_array_equal(cache.features("c", 0, 7), truth["c"].astype(np.float16))
-    assert len(list((tmp_path / "copies").iterdir())) == 4
+    assert len(list((tmp_path / "copies").glob("*/*"))) == 4
     remote.rm(f"/{storage}-cache", recursive=True)
 
 

@@ -10,10 +10,13 @@ import os
 import platform
 import re
 import selectors
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -126,6 +129,10 @@ def put(where: str, name: str, data: bytes) -> None:
         Path(where, name).write_bytes(data)
 
 
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def visible(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if not name.startswith(".lock")}
 
@@ -168,7 +175,11 @@ def test_files_come_back(where: str) -> None:
     assert again.names() == ["cache.json", "vision-00000.tar"]
     assert (again.names("deep"), again.names("deep/er")) == ([], ["a b.txt"])
     assert again.read_text("cache.json") == "a line\nété\n"
-    assert [again.size(name) for name in ("cache.json", "vision-00000.tar", "deep/er/a b.txt")] == [13, 5, 0]
+    assert again.sizes() == {"cache.json": 13, "vision-00000.tar": 5}
+    assert again.sizes("deep/er") == {"a b.txt": 0}
+    wanted = ["vision-00000.tar", "gone", "deep/er/a b.txt"]
+    assert again.read_all(wanted) == {"vision-00000.tar": b"other", "deep/er/a b.txt": b""}
+    assert again.read_all([]) == {}
     assert [
         again.has(name) for name in ("cache.json", "deep/er/a b.txt", "deep", "deep/er", "cache", "")
     ] == [
@@ -187,7 +198,7 @@ def test_what_others_wrote(where: str) -> None:
         put(where, name, b"1")
         assert store.names() == sorted(n for n in stored(where) if n in ("a", "b"))
     put(where, "a", b"longer")
-    assert (store.size("a"), store.read_text("a")) == (6, "longer")
+    assert (store.sizes()["a"], store.read_text("a")) == (6, "longer")
     put(where, "a", b"\xff\xfe")
     with pytest.raises(UserError, match="/a is not text"):
         store.read_text("a")
@@ -196,7 +207,7 @@ def test_what_others_wrote(where: str) -> None:
 def test_what_is_not_there(where: str) -> None:
     store = open_store(where)
     put(where, "folder/file", b"1")
-    for look in (store.read_text, store.size, store.local):
+    for look in (store.read_text, store.local):
         for name in ("nothing", "folder"):
             with pytest.raises(UserError, match=re.escape(f"{where}/{name} is not ")) as raised:
                 look(name)
@@ -249,7 +260,7 @@ def test_copies_of_remote_files(
     put(where, "a.tar", noise(200_000))
     put(where, "b.tar", b"another")
     path = store.local("a.tar")
-    assert (path.read_bytes(), path.suffix, path.parent) == (noise(200_000), ".tar", copies)
+    assert (path.read_bytes(), path.suffix, path.parent) == (noise(200_000), ".tar", path.parent)
     assert local_copy(f"{where}/b.tar").read_bytes() == b"another"
 
     version = remote_version(f"{where}/a.tar")
@@ -262,9 +273,9 @@ def test_copies_of_remote_files(
     assert remote_version(f"{where}/a.tar") != version
     newer = store.local("a.tar")
     assert newer.read_bytes() == noise(200_000, seed=1)
-    assert sorted(copies.iterdir()) == sorted([newer, store.local("b.tar")])
+    assert files_in(copies) == sorted([newer, store.local("b.tar")])
     forget_copy(f"{where}/a.tar")
-    assert list(copies.iterdir()) == [store.local("b.tar")]
+    assert files_in(copies) == [store.local("b.tar")]
     assert store.local("a.tar").read_bytes() == noise(200_000, seed=1)
 
 
@@ -279,7 +290,7 @@ def test_a_cut_download_is_no_copy(tmp_path: Path, copies: Path, monkeypatch: py
         patch.setattr(fsspec.get_filesystem_class("memory"), "get_file", half)
         with pytest.raises(UserError, match=r"/a\.tar came incomplete \(500 of 1000 bytes\); try again"):
             local_copy(f"{where}/a.tar")
-    assert list(copies.iterdir()) == []
+    assert files_in(copies) == []
     assert local_copy(f"{where}/a.tar").read_bytes() == noise(1000)
 
 
@@ -292,7 +303,21 @@ def test_two_processes_fetch_at_once(object_store: str, tmp_path: Path, copies: 
     put(where, "a.tar", noise(3_000_000))
     with running(fetch, f"{where}/a.tar") as (_, one), running(fetch, f"{where}/a.tar") as (_, other):
         assert answer_of(one) == answer_of(other) == noise(3_000_000)
-    assert list(copies.iterdir()) == [local_copy(f"{where}/a.tar")]
+    assert files_in(copies) == [local_copy(f"{where}/a.tar")]
+
+
+def test_no_room_for_a_copy(tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = f"memory://{tmp_path.name}"
+    put(where, "a.tar", noise(1000))
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room._replace(free=999))
+    with pytest.raises(
+        UserError, match=r"0\.0 GB free, and the copy of memory://.*/a\.tar needs .*DST_COPIES"
+    ) as told:
+        local_copy(f"{where}/a.tar")
+    assert isinstance(told.value.__cause__, OSError)
+    assert told.value.__cause__.errno == errno.ENOSPC
+    assert files_in(copies) == []
 
 
 # ---- transfers that die half-way
@@ -418,14 +443,14 @@ def test_a_download_that_dies(
             if end == "killed":
                 process.join(LIMIT_S)
                 assert process.exitcode == -9
-                assert len(list(copies.iterdir())) == 1  # its temporary file
+                assert len(files_in(copies)) == 1  # its temporary file
             else:
                 assert f"{url} cannot be used" in answer_of(connection)
-                assert list(copies.iterdir()) == []
+                assert files_in(copies) == []
     wire.close()
     path = local_copy(url)
     assert path.read_bytes() == noise(24_000_000)
-    assert list(copies.iterdir()) == [path]
+    assert files_in(copies) == [path]
 
 
 def test_a_store_whose_uploads_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +501,29 @@ def test_a_bucket_that_is_not_there(object_store: str) -> None:
             open_store(url)
 
 
+@pytest.mark.parametrize(("asked", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop(
+    object_store: str, copies: Path, tmp_path: Path, labels: Path, tiny_model: Path, asked: int, status: int
+) -> None:
+    """It takes its lock with it, so that the next one need not ask anybody whether it was killed."""
+    where = f"s3://bucket/{tmp_path.name}"
+    command = ["cache-features", "--labels", labels, "--out", where, "--model", tiny_model, "--device", "cpu"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", "import cli; cli.app()", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + LIMIT_S
+    while not any(name.startswith(".lock") for name in stored(where)):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.send_signal(asked)
+    _, said = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == status
+    assert said.endswith("stopped; finished shards are kept: run it again to go on\n")
+    assert "Traceback" not in said
+    assert not any(name.startswith(".") for name in stored(where))
+
+
 def test_wrong_credentials(object_store: str, tmp_path: Path, copies: Path) -> None:
     where = f"s3://bucket/{tmp_path.name}"
     store = open_store(where)
@@ -488,7 +536,7 @@ def test_wrong_credentials(object_store: str, tmp_path: Path, copies: Path) -> N
 
     check_credentials(True)
     try:
-        looks = [store.read_text, store.size, store.local, store.has, store.remove]
+        looks = [store.read_text, store.local, store.has, store.remove]
         calls: list[Callable[[], object]] = [lambda look=look: look("a") for look in looks]
         calls += [lambda: open_store(where), store.names, lambda: store.write_text("a", "2")]
         for call in calls:
