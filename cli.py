@@ -401,38 +401,88 @@ def verify(
 @app.command()
 def train(
     shards: Annotated[str, typer.Option(help="The feature cache: a folder or an address.")] = "out/shards",
-    recipe: Annotated[str | None, typer.Option(help="A packaged recipe (tiny) or a YAML file.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A packaged recipe (tiny, ...; an unknown name lists them) or a YAML file."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change one value: section.key=value.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: out/runs/RECIPE.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last saved step; start where there is none.")
+    ] = False,
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:
     """Train language model, adapter and the four heads on cached features.
 
+    SIGTERM and Ctrl-C save first; --resume then goes on as if nothing had happened. Several processes, one a GPU:
+    torchrun --nproc-per-node 2 $(which dst) train ...
+
     Example: dst train --shards out/shards --recipe tiny --set train.steps=200
     """
     from training.recipe import load_recipe
 
-    settings = load_recipe(recipe, set_ or [])
-    chosen = choose_device(gpu, device)
+    out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
+    settings = load_recipe(recipe, set_ or []) if recipe or set_ or not resume else None
+    from training.trainer import Stopped, resumed_recipe
     from training.trainer import train as run
 
-    out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
-    with progress("steps") as bar:
+    settings = (resumed_recipe(out, settings) if resume else None) or settings or load_recipe(None, [])
+    chosen = choose_device(gpu, device)
+    # torchrun starts this command once a GPU; one of them speaks
+    is_main = os.environ.get("RANK", "0") == "0"
+    with progress("steps", shown=is_main) as bar:
         bar.start(settings.train.steps)
+
+        def on_start(step: int) -> None:
+            if resume:
+                bar.say(f"going on after step {step}" if step else f"nothing to resume in {out}: starting")
+            bar.advance(step)
 
         def on_step(row: dict[str, float]) -> None:
             bar.advance(1, f"loss {row['train/loss']:.3f}")
             if "val/combined" in row:
                 bar.say(_validation_line(row))
 
-        best = run(shards, settings, out, device=chosen, on_step=on_step)
-    typer.echo(
-        f"best at step {best['step']:.0f} (val combined {best['val/combined']:.3f}) in {out / 'checkpoints/best'}"
-    )
-    typer.echo(f"curves in {out / 'curves.png'}; next: dst evaluate --run {out}")
+        try:
+            best = run(
+                shards, settings, out, device=chosen, resume=resume, on_start=on_start, on_step=on_step
+            )
+        except Stopped as stop:
+            bar.say(f"stopped after step {stop.step}, which is saved; go on with --resume")
+            raise typer.Exit(128 + stop.signal) from None
+    if is_main:
+        found = f"best at step {best['step']:.0f} (val combined {best['val/combined']:.3f})"
+        typer.echo(f"{found} in {out / 'checkpoints/best'}; curves in {out / 'curves.png'}")
+        typer.echo(f"next: dst evaluate --run {out}; beside other runs: dst runs {out.parent}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("out/runs"),
+    csv: Annotated[bool, typer.Option("--csv", help="Print every score as CSV, for other programs.")] = False,
+) -> None:
+    """Compare training runs: how far each is, its best validation scores, and what it has otherwise than the best run.
+
+    Example: dst runs out/runs --csv
+    """
+    from training.runs import differences, read_runs, records, table
+
+    found, broken = read_runs(folder)
+    if csv and found:
+        rows = records(found)
+        writer = DictWriter(sys.stdout, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    elif found:
+        echo_table(*table(found))
+        for run in found[1:]:
+            told = differences(found[0].recipe, run.recipe) or "the same settings"
+            typer.echo(f"{run.name} beside {found[0].name}: {told}")
+    for name, reason in broken.items():
+        typer.echo(f"{name} cannot be shown: {reason}", err=True)
 
 
 @app.command()
@@ -523,9 +573,9 @@ def _part_of(shard: str | None) -> tuple[int, int]:
 
 
 def _validation_line(row: dict[str, float]) -> str:
-    scores = ", ".join(
-        f"{key.removeprefix('val/')} {value:.3f}" for key, value in row.items() if key[:4] == "val/"
-    )
+    """The scores of a validation, the one that chooses `best` first."""
+    names = sorted((key for key in row if key.startswith("val/")), key=lambda key: key != "val/combined")
+    scores = ", ".join(f"{name.removeprefix('val/')} {row[name]:.3f}" for name in names)
     return f"step {row['step']:.0f}: {scores}"
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere only the lines it is told to say."""
+    """A progress bar on a terminal; elsewhere only the lines it is told to say; nothing where it is not ``shown``."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, shown: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not shown)
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -23,7 +23,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self.rich = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.rich = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))
         self.task: Any = None
 
     def start(self, total: int) -> None:
@@ -40,9 +40,9 @@ class Bar:
 
 
 @contextmanager
-def progress(unit: str) -> Iterator[Bar]:
+def progress(unit: str, shown: bool = True) -> Iterator[Bar]:
     """A bar that counts ``unit`` and goes away at the end."""
-    bar = Bar(unit)
+    bar = Bar(unit, shown)
     with bar.rich:
         yield bar
 

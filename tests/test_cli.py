@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,17 @@ def in_one_line(text: str) -> str:
 
 
 def test_commands_are_there() -> None:
-    wanted = {"sample", "prepare", "init-model", "cache-features", "verify", "train", "evaluate", "demo"}
+    wanted = {
+        "sample",
+        "prepare",
+        "init-model",
+        "cache-features",
+        "verify",
+        "train",
+        "runs",
+        "evaluate",
+        "demo",
+    }
     assert wanted <= set(COMMANDS)
     result = run("--help")
     assert result.exit_code == 0
@@ -155,7 +166,13 @@ def test_settings(tmp_path: Path) -> None:
     assert "did you mean 'train'?" in mistake("train", "--set", "trian.steps=5")
     assert "train.steps" in mistake("train", "--set", "train.steps=many")
     assert "is not of the form key=value" in mistake("train", "--set", "train.steps")
-    assert "no recipe 'small'; give a YAML file or one of tiny" in mistake("train", "--recipe", "small")
+    line = mistake("train", "--recipe", "small")
+    assert "no recipe 'small'; give a YAML file or one of independent, " in line
+    assert " tiny" in line
+    assert "tasks.speaking.loss" in mistake("train", "--set", "tasks.speaking.loss=hinge")
+    assert "all weights are 0" in mistake(
+        "train", *(f"--set=tasks.{t}.weight=0" for t in ("speaking", "dst_update", "response", "dst_state"))
+    )
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [steps: 5\n")
     assert f"{broken} is not YAML" in mistake("train", "--recipe", broken)
@@ -176,6 +193,74 @@ def test_no_cache(tiny_model: Path, tmp_path: Path) -> None:
     line = mistake("train", "--shards", tmp_path, "--recipe", "tiny", *arguments)
     assert f"{tmp_path} holds no cache.json" in line
     assert "dst cache-features" in line
+
+
+def test_shards_of_another_model(shards: Path, tmp_path: Path) -> None:
+    """A checkpoint of another width, and none: nothing is written."""
+    config = json.loads((Path(ShardCache(shards).fingerprint.model) / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 192
+    (tmp_path / "wider").mkdir()
+    (tmp_path / "wider/config.json").write_text(json.dumps(config))
+    fixed = ("train", "--shards", shards, "--out", tmp_path / "run", "--device", "cpu", "--recipe", "tiny")
+    line = mistake(*fixed, "--set", f"model.init={tmp_path / 'wider'}")
+    assert f"{shards} holds features of width 128, the model {tmp_path / 'wider'} has 192" in line
+    assert "model.init" in line
+    line = mistake(*fixed, "--set", f"model.init={tmp_path / 'gone'}")
+    assert f"'{tmp_path / 'gone'}' is neither a local folder nor could it be fetched" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_without_a_validation_part(labels: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """What relabelling has left without val sessions is not trained on: nothing would choose a checkpoint."""
+    sessions = [row for row in rows_of(labels, "sessions") if row["split"] == "train"][:2]
+    chosen, videos = ({row[key] for row in sessions} for key in ("session_id", "video_id"))
+    folder = tmp_path / "labels" / "assembly101"
+    folder.mkdir(parents=True)
+    for name, schema in TABLES.items():
+        of = {"videos": ("video_id", videos), "rejects": ("reason", set())}.get(name, ("session_id", chosen))
+        rows = [row for row in rows_of(labels, name) if row[of[0]] in of[1]]
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{name}.parquet")
+    out = tmp_path / "shards"
+    command = ("cache-features", "--labels", tmp_path / "labels", "--out", out, "--model", tiny_model)
+    assert run(*command, "--device", "cpu").exit_code == 0
+    line = mistake("train", "--shards", out, "--recipe", "tiny", "--out", tmp_path / "run", "--device", "cpu")
+    assert f"{out} has no session of the split 'val' (there are: train)" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n')
+    fixed = ("train", "--shards", shards, "--recipe", "tiny", "--out", tmp_path / "run", "--device", "cpu")
+    line = mistake(*fixed)
+    assert f"{tmp_path / 'run'} holds a run already" in line
+    assert "--resume" in line
+    assert (tmp_path / "run/log.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_one_speaks(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"step": 3, "train/loss": 1.0, "val/speaking_f1": 0.25, "val/combined": 0.5}
+
+    def quick(
+        *_: object, on_start: Callable[[int], None], on_step: Callable[[Any], None], **__: object
+    ) -> Any:
+        on_start(2)
+        on_step(row)
+        return row
+
+    monkeypatch.setattr("training.trainer.train", quick)
+    monkeypatch.setenv("RANK", rank)
+    result = run("train", "--out", tmp_path / "run", "--resume", "--device", "cpu")
+    assert (result.exit_code, result.exception) == (0, None)
+    if rank == "1":
+        assert result.output == ""
+    else:
+        assert result.stderr.splitlines() == [
+            "going on after step 2",
+            "step 3: combined 0.500, speaking_f1 0.250",
+        ]
+        assert f"best at step 3 (val combined 0.500) in {tmp_path / 'run/checkpoints/best'}" in result.stdout
 
 
 def test_not_a_run(shards: Path, tmp_path: Path) -> None:

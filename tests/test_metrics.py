@@ -213,9 +213,16 @@ def test_combined_is_the_mean_its_formula_names() -> None:
         found["speaking"]["event_f1"]["2"],
         state["transition_f1"]["2"],
         state["macro_f1_near_transition"],
+        found["matched"]["f1"],
     ]
     assert found["combined"]["value"] == pytest.approx(np.mean(parts))
-    for name in ('speaking.event_f1["2"]', 'dst_state.transition_f1["2"]', "macro_f1_near_transition"):
+    named = (
+        'speaking.event_f1["2"]',
+        'dst_state.transition_f1["2"]',
+        "macro_f1_near_transition",
+        "matched.f1",
+    )
+    for name in named:
         assert name in found["combined"]["formula"]
 
 

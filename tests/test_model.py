@@ -19,6 +19,8 @@ from training.rollout import Thresholds, run_free
 from training.sequence import SequenceBuilder, Words
 from training.trainer import build
 
+DECISIONS = ("speaking", "dst_update", "dst_state")
+
 
 @pytest.fixture(scope="module")
 def cache(shards: Path) -> ShardCache:
@@ -47,7 +49,7 @@ def example_of(
 def decisions(model: DSTSmolVLM, batch: Batch) -> list[torch.Tensor]:
     with torch.inference_mode():
         out = model(batch)
-    return [out.speaking, out.dst_update, out.dst_state]
+    return [out[head] for head in DECISIONS]
 
 
 def test_no_spoken_word_changes_any_decision(
@@ -60,7 +62,7 @@ def test_no_spoken_word_changes_any_decision(
     silent = tuple(w for w in session.words if w.role == "user")
     assert other != session.words
     results = [
-        decisions(model, collate([example_of(session, builder, words)], 0, builder.pad_token))
+        decisions(model, collate([example_of(session, builder, words)], None, builder.pad_token))
         for words in (session.words, other, silent)
     ]
     for changed in results[1:]:
@@ -73,7 +75,7 @@ def test_nothing_after_a_tick_changes_its_decisions(
     built: tuple[DSTSmolVLM, SequenceBuilder], session: SessionData, tick: int
 ) -> None:
     model, builder = built
-    batch = collate([example_of(session, builder, session.words)], 0, builder.pad_token)
+    batch = collate([example_of(session, builder, session.words)], None, builder.pad_token)
     before = decisions(model, batch)
     at = int(batch.tick_at[tick])
     tokens = batch.tokens.clone()
@@ -94,7 +96,7 @@ def test_what_the_user_says_does_change_decisions(
     model, builder = built
     other = tuple(replace(w, text="What comes next?") if w.role == "user" else w for w in session.words)
     a, b = (
-        decisions(model, collate([example_of(session, builder, words)], 0, builder.pad_token))[0]
+        decisions(model, collate([example_of(session, builder, words)], None, builder.pad_token))[0]
         for words in (session.words, other)
     )
     assert not torch.allclose(a, b, atol=1e-3)
@@ -108,21 +110,26 @@ def test_packed_equals_one_window_a_row(
         make_example(session, builder, first, length, session.state_before(first), session.words)
         for first, length in window_starts(session, 20, 7)
     ]
-    apart, packed = (collate(examples, size, builder.pad_token) for size in (0, 100_000))
+    in_one_row = [list(range(len(examples)))[::-1]]  # and not in the order they come in
+    apart, packed = (collate(examples, rows, builder.pad_token) for rows in (None, in_one_row))
     assert packed.tokens.shape[0] == 1
-    assert apart.tokens.shape[0] == len(examples)
+    assert apart.tokens.shape[0] == len(examples) > 2
     outs, grads = [], []
     for batch in (apart, packed):
         model.zero_grad()
         out = model(batch)
-        (
-            out.speaking.sum()
-            + out.dst_update.sin().sum()
-            + out.dst_state.sin().sum()
-            + out.response.sin().sum()
-        ).backward()
-        outs.append([_by_example(batch, value) for value in (out.speaking, out.dst_update, out.dst_state)])
+        state = torch.cat([_shown(batch, out["dst_state"], index).flatten() for index in batch.order])
+        (out["speaking"].sin().sum() + out["dst_update"].sin().sum() + state.sin().sum()).backward(
+            retain_graph=True
+        )
+        out["response"].sin().sum().backward()
+        outs.append(
+            [_by_example(batch, out[name]) for name in ("speaking", "dst_update")]
+            + [[_shown(batch, out["dst_state"], index) for index in range(len(examples))]]
+            + [[out["response"][_words_of(batch, index)] for index in range(len(examples))]]
+        )
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() == dict(model.named_parameters()).keys()
     for one, other in zip(*outs, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -136,6 +143,16 @@ def _by_example(batch: Batch, values: torch.Tensor) -> list[torch.Tensor]:
     return [parts[index] for index in range(len(parts))]
 
 
+def _shown(batch: Batch, state: torch.Tensor, example: int) -> torch.Tensor:
+    """State logits of one example, of the steps its plan shows."""
+    number = batch.order.index(example)
+    return state[batch.window_of_tick == number][:, : batch.num_steps[number]]
+
+
+def _words_of(batch: Batch, example: int) -> torch.Tensor:
+    return batch.documents.flatten()[batch.response_at] == batch.order.index(example)
+
+
 def test_generated_words_are_what_the_training_forward_would_say(
     built: tuple[DSTSmolVLM, SequenceBuilder], session: SessionData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +164,7 @@ def test_generated_words_are_what_the_training_forward_would_say(
     monkeypatch.setattr(speech, "MAX_WORDS_TOKENS", 8)
     monkeypatch.setattr(builder, "text_of", lambda tokens: " ".join(map(str, tokens)))
     silent = tuple(w for w in session.words if w.role == "user")
-    batch = collate([example_of(session, builder, silent)], 0, builder.pad_token)
+    batch = collate([example_of(session, builder, silent)], None, builder.pad_token)
     ticks = np.array([3, 4, 17, 40])
     with torch.inference_mode():
         _, keys = model.hidden_with_cache(batch)
@@ -156,9 +173,9 @@ def test_generated_words_are_what_the_training_forward_would_say(
 
     monkeypatch.setattr(builder, "answer", lambda text: [int(token) for token in text.split()])
     own = [*silent, *(Words(session.first_tick + tick, "assistant", text) for tick, text in said.items())]
-    whole = collate([example_of(session, builder, tuple(own))], 0, builder.pad_token)
+    whole = collate([example_of(session, builder, tuple(own))], None, builder.pad_token)
     with torch.inference_mode():
-        expected = model(whole).response.argmax(-1).tolist()
+        expected = model(whole)["response"].argmax(-1).tolist()
     spoken = [int(token) for tick in ticks.tolist() for token in said[tick].split()]
     assert whole.response.tolist() == spoken
     forced = builder.end_of_utterance  # stands where the limit cut an utterance, whatever the model would say
@@ -169,8 +186,9 @@ def test_generated_words_are_what_the_training_forward_would_say(
 
 
 def test_the_words_of_several_windows_do_not_depend_on_their_company(
-    built: tuple[DSTSmolVLM, SequenceBuilder], cache: ShardCache
+    built: tuple[DSTSmolVLM, SequenceBuilder], cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(speech, "MAX_WORDS_TOKENS", 8)  # an untrained model does not stop by itself
     model, builder = built
     sessions = load_sessions(cache, "train")[:4]
     scores = np.concatenate([t.speak_score for t in run_free(model, builder, sessions, Thresholds(2, 2))])
@@ -215,7 +233,7 @@ def test_save_and_reload_bit_for_bit(
     ):
         assert name == other_name
         assert torch.equal(mine, theirs), name
-    batch = collate([example_of(session, builder, session.words)], 0, builder.pad_token)
+    batch = collate([example_of(session, builder, session.words)], None, builder.pad_token)
     for mine, theirs in zip(decisions(model, batch), decisions(again, batch), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -209,6 +209,33 @@ def test_curves_open_and_repeat_to_the_byte(tmp_path: Path) -> None:
         assert picture.size == (1950, 720)
 
 
+def test_only_losses_and_scores_are_curves(tmp_path: Path) -> None:
+    """What else a step logs changes nothing; gradients of tasks, where there are cosines, get panels of their own."""
+    log: list[dict[str, float]] = [
+        {"step": step, "epoch": 0, "train/loss": 3.0, "train/loss_speaking": 1 / (step + 1)}
+        for step in range(60)
+    ]
+    log[30]["val/combined"] = 0.5
+    curves_picture(log, tmp_path / "plain.png")
+    for row in log:
+        row |= {
+            "train/padding": 1e9,
+            "train/clipped": 1.0,
+            "train/grad_norm": 1e6,
+            "train/weight_speaking": 9.0,
+        }
+    log[30] |= {"train/clip_share": 0.5, "grad/norm_speaking": 4.0}
+    curves_picture(log, tmp_path / "more.png")
+    assert (tmp_path / "more.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    for row in log[::10]:
+        row |= {"grad/cos_speaking_dst_update": -0.5, "grad/norm_dst_update": 2.0}
+    curves_picture(log, tmp_path / "gradients.png")
+    assert size_of(tmp_path / "gradients.png") == (1950, 1440)
+    with Image.open(tmp_path / "gradients.png") as both, Image.open(tmp_path / "plain.png") as plain:
+        upper = np.asarray(both.convert("RGB"))[:720].astype(int) - np.asarray(plain.convert("RGB"))
+    assert (np.abs(upper) > 40).mean() < 0.01  # the first two panels are as they were
+
+
 def test_curves_of_an_empty_log(tmp_path: Path) -> None:
     curves_picture([], tmp_path / "a.png")
     assert (tmp_path / "a.png").is_file()

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from bare_windows import bare_example
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from training.batch import pack
+from training.batch import collate, pack
 from training.losses import IGNORE
-from training.sequence import STATE_TAGS, SequenceBuilder, Words, may_attend
+from training.sequence import STATE_TAGS, SequenceBuilder, Words
 
 STEPS = ("attach the red wheel", "attach the blue cabin", "attach the green roof")
 WORDS = (
@@ -87,17 +89,43 @@ def test_a_long_plan_shows_the_steps_around_the_first_open_one(tiny_model: Path)
     assert builder.shown_steps(np.zeros(40, np.int8)).tolist() == list(range(8))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), min_size=1, max_size=12))
-def test_may_attend_against_the_rule_read_pair_by_pair(rows: list[tuple[bool, int]]) -> None:
-    rows = sorted(rows, key=lambda row: row[1])  # documents lie one after the other
-    speech, documents = np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
-    allowed = may_attend(speech, documents)
-    for query in range(len(rows)):
-        for key in range(len(rows)):
-            expected = key <= query and documents[key] == documents[query]
-            if speech[key] and not speech[query]:
-                expected = False
-            assert allowed[query, key] == expected
+@given(
+    st.lists(
+        st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=3),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_the_mask_against_the_rule_read_pair_by_pair(rows: list[list[list[bool]]]) -> None:
+    windows = [speech for row in rows for speech in row]
+    numbers = iter(range(len(windows)))
+    batch = collate(
+        [bare_example(speech) for speech in windows], [[next(numbers) for _ in row] for row in rows], 0
+    )
+    size = max(sum(map(len, row)) for row in rows)
+    mask = batch.additive_mask(torch.float32)
+    assert mask.shape == (len(rows), 1, size, size)
+    assert set(mask.unique().tolist()) <= {0.0, torch.finfo(torch.float32).min}
+    for row, seen in zip(rows, (mask[:, 0] == 0).tolist(), strict=True):
+        # of each position: the number of its window in the row (the padding's is -1), and whether it is spoken
+        laid = [(number, spoken) for number, speech in enumerate(row) for spoken in speech]
+        laid += [(-1, False)] * (size - len(laid))
+        for query, (mine, i_speak) in enumerate(laid):
+            for key, (other, spoken) in enumerate(laid):
+                expected = key <= query and mine == other
+                if spoken and not i_speak:
+                    expected = False
+                assert seen[query][key] == expected
+
+
+def test_rows_lie_as_they_were_told() -> None:
+    sizes = (5, 3, 4)
+    batch = collate([bare_example([False] * size) for size in sizes], [[2, 1], [0]], pad_token=99)
+    assert batch.order == [2, 1, 0]
+    assert batch.tokens.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 99, 99]]
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, 2, -1, -1]]
+    assert batch.tick_at.tolist() == [0, 4, 7]
+    assert batch.padding == pytest.approx(2 / 14)
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=30))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.states import COMPLETED, IN_PROGRESS, NOT_STARTED
+from training.matched import BAG_OF_WORDS, Similarity
 from training.metrics import Scores, score
 from training.traces import Trace, Track
 
@@ -57,7 +58,7 @@ BASELINES: dict[str, Callable[[Track], Track]] = {
 }
 
 
-def score_baselines(traces: Sequence[Trace]) -> dict[str, Scores]:
+def score_baselines(traces: Sequence[Trace], similarity: Similarity = BAG_OF_WORDS) -> dict[str, Scores]:
     """Score every baseline on the truth of these sessions, under the keys of `training.metrics.score`."""
     return {
         name: score(
@@ -71,7 +72,8 @@ def score_baselines(traces: Sequence[Trace]) -> dict[str, Scores]:
                     rejected_transitions=0,
                 )
                 for trace in traces
-            ]
+            ],
+            similarity=similarity,
         )
         for name, predict in BASELINES.items()
     }

@@ -18,26 +18,42 @@ _LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 
 
 def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw a training log as a PNG: losses by step on the left, validation scores on the right.
+    """Draw a training log as a PNG: losses by step and validation scores; below them, where the log has tasks'
+    gradients, their norms and the cosines between each two.
 
     Args:
-        log: rows with ``step`` and any of ``train/loss_*``, ``val/loss_*`` (left) and other ``val/*`` (right).
+        log: rows with ``step`` and any of ``train/loss*`` and ``val/loss_*`` (losses), other ``val/*`` (scores),
+            ``grad/norm_*`` or ``train/grad_norm_*`` (norms) and ``grad/cos_*`` (cosines); other names are not drawn.
         path: the file to write.
     """
     from matplotlib.figure import Figure
 
-    names = sorted({name for row in log for name in row if name.startswith(("train/loss", "val/"))})
-    losses = [name for name in names if name.split("/", 1)[1].startswith("loss")]
-    scores = [name for name in names if name not in losses]
-    figure = Figure(figsize=(WIDTH, 4.8), dpi=DPI, facecolor="white")
-    left = figure.add_axes((0.06, 0.12, 0.42, 0.79))
-    right = figure.add_axes((0.55, 0.12, 0.42, 0.79))
-    _draw_curves(left, log, losses, "Losses", smooth=True)
-    _draw_curves(right, log, scores, "Validation", smooth=False)
+    names = sorted({name for row in log for name in row})
+    losses = [name for name in names if name.startswith(("train/loss", "val/loss"))]
+    scores = [name for name in names if name.startswith("val/") and name not in losses]
+    cosines = [name for name in names if name.startswith("grad/cos_")]
+    norms = [name for name in names if name.startswith(("grad/norm_", "train/grad_norm_"))]
+    rows = 2 if cosines else 1
+    figure = Figure(figsize=(WIDTH, 4.8 * rows), dpi=DPI, facecolor="white")
+    panels = [
+        figure.add_axes((left, (row + 0.12) / rows, 0.42, 0.79 / rows))
+        for row in reversed(range(rows))
+        for left in (0.06, 0.55)
+    ]
+    _draw_curves(panels[0], log, losses, "Losses", smooth=True)
+    _draw_curves(panels[1], log, scores, "Validation", smooth=False)
     if losses:
-        left.set_yscale("log", nonpositive="mask")
+        panels[0].set_yscale("log", nonpositive="mask")
     if scores:
-        right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))  # from zero, or a small change looks large
+        panels[1].set_ylim(
+            bottom=min(0.0, panels[1].get_ylim()[0])
+        )  # from zero, or a small change looks large
+    if cosines:
+        _draw_curves(panels[2], log, norms, "Norms of the tasks' gradients", smooth=True)
+        _draw_curves(panels[3], log, cosines, "Cosines between the tasks' gradients", smooth=True)
+        if norms:
+            panels[2].set_yscale("log", nonpositive="mask")
+        panels[3].axhline(0, color=INK, lw=0.8)  # below it, tasks are against each other
     write_figure(figure, path)
 
 
@@ -58,7 +74,17 @@ def _draw_curves(
             steps, values = steps[window - 1 :], np.convolve(values, np.full(window, 1 / window), "valid")
         line = "-" if place < len(_LINE_COLOURS) else "--"
         marker = "o" if len(values) <= 40 else ""
-        label = name.removeprefix("train/loss_" if smooth else "val/")
-        axes.plot(steps, values, color=colour, lw=1.8, ls=line, marker=marker, ms=3.5, label=label)
+        axes.plot(steps, values, color=colour, lw=1.8, ls=line, marker=marker, ms=3.5, label=_label(name))
     if names:
         axes.legend(fontsize=8, frameon=False, ncols=1 + (len(names) > 5), labelcolor=INK)
+
+
+def _label(name: str) -> str:
+    """What the legend calls a number of the log."""
+    for prefix in ("train/loss_", "train/grad_norm_", "grad/norm_", "val/"):
+        if name.startswith(prefix):
+            label = name.removeprefix(prefix)
+            return f"{label.removeprefix('loss_')}, val" if label.startswith("loss_") else label
+    if name.startswith("grad/cos_"):
+        return name.removeprefix("grad/cos_").replace("dst_", "").replace("_", " · ")
+    return "all, weighted" if name == "train/loss" else name

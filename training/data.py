@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pipeline.shards import LabelledSession, ShardCache
 from schemas.errors import UserError
 from training.batch import Example
-from training.recipe import DataSettings
-from training.sequence import SequenceBuilder, Words
+from training.metrics import near_transition
+from training.sequence import SequenceBuilder, Window, Words
 from training.traces import Track
 
 
@@ -21,7 +21,8 @@ from training.traces import Track
 class SessionData:
     """A session's labels in memory; its features stay in the cache's files.
 
-    ``words`` are the true utterances in order. All ticks are the video's.
+    ``words`` are the true utterances in order, ``near`` bool ``[T]`` the ticks close to a transition. All ticks are the
+    video's.
     """
 
     cache: ShardCache
@@ -30,6 +31,7 @@ class SessionData:
     step_names: tuple[str, ...]
     words: tuple[Words, ...]
     truth: Track
+    near: NDArray[np.bool_]
     blind: bool
 
     @property
@@ -91,6 +93,7 @@ def _session(cache: ShardCache, labels: LabelledSession, blind: bool) -> Session
         step_names=tuple(step["name"] for step in sorted(labels.steps, key=lambda step: step["step"])),
         words=tuple(Words(turn["tick"], turn["role"], turn["text"]) for turn in turns),
         truth=truth,
+        near=near_transition(truth),
         blind=blind,
     )
 
@@ -119,50 +122,19 @@ def make_example(
         words: the utterances to write into it.
     """
     window = builder.window(session.goal, session.step_names, state, first_tick, num_ticks, words)
+    return example_of(session, window, first_tick, num_ticks)
+
+
+def example_of(session: SessionData, window: Window, first_tick: int, num_ticks: int) -> Example:
+    """A window that is written already, with its features and true labels."""
     here = slice(first_tick - session.first_tick, first_tick - session.first_tick + num_ticks)
+    truth = session.truth
     return Example(
         window=window,
         features=session.features(first_tick, num_ticks),
-        speak=session.truth.speak[here],
-        update=session.truth.dst_update[here],
-        state=session.truth.state[here][:, window.shown],
+        speaking=truth.speak[here].astype(np.int64),
+        dst_update=truth.dst_update[here].astype(np.int64),
+        state=truth.state[here][:, window.shown],
+        near=session.near[here],
+        name=f"{session.session_id} ticks {first_tick} to {first_tick + num_ticks - 1}",
     )
-
-
-def with_noise(state: NDArray[np.int8], noise: float, rng: np.random.Generator) -> NDArray[np.int8]:
-    """A state ``[K]`` of which each step is another one with the chance ``noise``: so it is where it is predicted."""
-    wrong = (state + rng.integers(1, 3, len(state))) % 3
-    return np.where(rng.random(len(state)) < noise, wrong, state).astype(np.int8)
-
-
-class TrainingWindows:
-    """Batches of windows in an order that depends on (seed, epoch) alone.
-
-    Every epoch cuts each session at another phase and covers each of its ticks once.
-    """
-
-    def __init__(
-        self, sessions: list[SessionData], builder: SequenceBuilder, settings: DataSettings, seed: int
-    ) -> None:
-        self.sessions, self.builder = sessions, builder
-        self.window_ticks, self.batch_windows = settings.window_ticks, settings.batch_windows
-        self.noise, self.seed = settings.state_noise, seed
-
-    def epoch(self, epoch: int) -> Iterator[list[Example]]:
-        """The batches of one epoch; the last may be smaller."""
-        rng = np.random.default_rng([self.seed, epoch])
-        index = [
-            (session, first, length)
-            for session in self.sessions
-            for first, length in window_starts(
-                session, self.window_ticks, int(rng.integers(self.window_ticks))
-            )
-        ]
-        order = rng.permutation(len(index))
-        for start in range(0, len(order), self.batch_windows):
-            chosen = [index[i] for i in order[start : start + self.batch_windows]]
-            yield [self._example(session, first, length, rng) for session, first, length in chosen]
-
-    def _example(self, session: SessionData, first: int, length: int, rng: np.random.Generator) -> Example:
-        state = with_noise(session.state_before(first), self.noise, rng)
-        return make_example(session, self.builder, first, length, state, session.words)

@@ -13,6 +13,7 @@ from schemas.errors import UserError
 from schemas.files import write_text
 from training.baselines import score_baselines
 from training.data import load_sessions
+from training.matched import BAG_OF_WORDS, Similarity
 from training.metrics import score
 from training.model import load_trained
 from training.recipe import load_recipe
@@ -28,12 +29,14 @@ def evaluate(
     split: str = "test",
     checkpoint: str = "best",
     device: str = "cpu",
+    similarity: Similarity = BAG_OF_WORDS,
 ) -> tuple[dict[str, Any], list[Trace]]:
     """Run a checkpoint over a split on its own state and words, and score it.
 
     Args:
         run: a folder made by `dst train`.
         shards: the cache; None takes the one it was trained on.
+        similarity: tells how alike in meaning two utterances are.
 
     Returns:
         The content of ``metrics.json`` (also written into the run), and one trace a session.
@@ -59,9 +62,9 @@ def evaluate(
     thresholds = Thresholds(config.speaking_threshold, config.dst_update_threshold)
     traces = run_free(model, SequenceBuilder.of(folder, config), sessions, thresholds)
     metrics: dict[str, Any] = score(
-        traces, {"speaking": thresholds.speaking, "dst_update": thresholds.dst_update}
+        traces, {"speaking": thresholds.speaking, "dst_update": thresholds.dst_update}, similarity
     )
-    metrics["baselines"] = score_baselines(traces)
+    metrics["baselines"] = score_baselines(traces, similarity)
     metrics["about"] = {
         "run": str(run),
         "checkpoint": checkpoint,
@@ -69,6 +72,7 @@ def evaluate(
         "sessions": len(traces),
         "ticks": sum(trace.truth.num_ticks for trace in traces),
         "mode": "free",
+        "embedding": similarity.name,
         "blind": recipe.data.blind,
         "seed": recipe.train.seed,
         "versions": {name: version(name) for name in ("dst", "torch", "transformers")},
@@ -92,6 +96,8 @@ TABLE = {
     "joint": ("dst_state", "joint"),
     "joint near": ("dst_state", "joint_near_transition"),
     "words": ("response", "exact_match"),
+    "matched": ("matched", "f1"),
+    "combined": ("combined", "value"),
 }
 """The columns of the table a user sees first."""
 

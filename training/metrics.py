@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.states import COMPLETE, COMPLETED, START, STATE_NAMES
+from training.matched import BAG_OF_WORDS, Similarity, matched_scores
 from training.traces import Trace, Track
 
 TOLERANCES_S = {"0.5": 0.5, "2": 2.0, "5": 5.0}
@@ -22,24 +23,32 @@ TOLERANCES_S = {"0.5": 0.5, "2": 2.0, "5": 5.0}
 NEAR_TICKS = 2
 """A tick is near a transition when the true state changes at most this many ticks before or after it."""
 
-COMBINED_FORMULA = (
+DECISIONS_FORMULA = (
     'mean of speaking.event_f1["2"], dst_state.transition_f1["2"], dst_state.macro_f1_near_transition'
 )
+"""What ``combined`` is of decisions without words; with words, `COMBINED_FORMULA`."""
+COMBINED_FORMULA = f"{DECISIONS_FORMULA}, matched.f1"
 
 Scores = dict[str, dict[str, Any]]
 
 
-def score(traces: Sequence[Trace], thresholds: Mapping[str, float] | None = None) -> Scores:
+def score(
+    traces: Sequence[Trace],
+    thresholds: Mapping[str, float] | None = None,
+    similarity: Similarity | None = BAG_OF_WORDS,
+) -> Scores:
     """Score predicted sessions against their truth.
 
     Args:
         traces: the sessions, at least one.
         thresholds: those the decisions were made with, by ``speaking`` and ``dst_update``; only reported.
+        similarity: tells how alike words are; None for decisions that come without words, of which nothing is scored
+            that words are needed for.
 
     Returns:
-        ``speaking``, ``dst_update``, ``dst_state``, ``response`` and ``combined``, each a dictionary of
-        plain numbers. All are shares in [0, 1], but for ``transition_time_error`` (seconds),
-        ``order_edit_score`` (0 to 100), and None where a score cannot be known.
+        ``speaking``, ``dst_update``, ``dst_state``, ``combined``, and with words ``response`` and ``matched``, each a
+        dictionary of plain numbers. All are shares in [0, 1], but for ``transition_time_error`` and ``time_diff``
+        (seconds), ``order_edit_score`` (0 to 100), and None where a score cannot be known.
 
     Raises:
         ValueError: no session is given.
@@ -50,18 +59,22 @@ def score(traces: Sequence[Trace], thresholds: Mapping[str, float] | None = None
     speaking = _decision(traces, "speak", [trace.speak_score for trace in traces])
     dst_update = _decision(traces, "dst_update", [trace.update_score for trace in traces])
     dst_state = {**_state_shares(traces), **_transitions(traces), **_course(traces)}
-    parts = (
+    parts = [
         speaking["event_f1"]["2"],
         dst_state["transition_f1"]["2"],
         dst_state["macro_f1_near_transition"],
-    )
-    return {
+    ]
+    scores: Scores = {
         "speaking": {**speaking, "threshold": thresholds.get("speaking")},
         "dst_update": {**dst_update, "threshold": thresholds.get("dst_update")},
         "dst_state": dst_state,
-        "response": _response(traces),
-        "combined": {"value": sum(parts) / len(parts), "formula": COMBINED_FORMULA},
     }
+    if similarity is not None:
+        scores["response"] = _response(traces)
+        scores["matched"] = matched_scores(traces, similarity)
+        parts.append(scores["matched"]["f1"])
+    formula = DECISIONS_FORMULA if similarity is None else COMBINED_FORMULA
+    return {**scores, "combined": {"value": sum(parts) / len(parts), "formula": formula}}
 
 
 def best_threshold(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> tuple[float, float]:
@@ -173,7 +186,7 @@ def _event_f1(events: Sequence[tuple[float, list[int], list[int]]], tolerance_s:
 
 
 def _state_shares(traces: Sequence[Trace]) -> dict[str, Any]:
-    near = [_near_transition(trace.truth) for trace in traces]
+    near = [near_transition(trace.truth) for trace in traces]
     everywhere = [np.ones_like(mask) for mask in near]
     confusion = _confusion(traces, everywhere)
     return {
@@ -185,7 +198,8 @@ def _state_shares(traces: Sequence[Trace]) -> dict[str, Any]:
     }
 
 
-def _near_transition(truth: Track) -> NDArray[np.bool_]:
+def near_transition(truth: Track) -> NDArray[np.bool_]:
+    """The ticks within `NEAR_TICKS` of a change of the true state: bool ``[T]``."""
     near = np.zeros(truth.num_ticks, dtype=np.bool_)
     for tick in np.flatnonzero(truth.transitions().any(axis=1)):
         near[max(0, tick - NEAR_TICKS) : tick + NEAR_TICKS + 1] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,10 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from schemas.errors import UserError
 from training.batch import Batch
 
-NEW_PARTS = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
+HEADS = ("speaking", "dst_update", "response", "dst_state")
+OWN_PARTS = {"speaking": "speaking_head.", "dst_update": "dst_update_head.", "dst_state": "dst_state_head."}
+"""How parameters begin that one head alone has; the response head's are the word embeddings' own."""
+NEW_PARTS = ("visual_adapter.", *OWN_PARTS.values())
 """Parameters that a SmolVLM2 checkpoint does not have."""
 
 
@@ -26,7 +29,9 @@ class DSTSmolVLMConfig(SmolVLMConfig):
         cached_tokens: tokens a tick in the feature cache.
         visual_tokens: tokens a tick in the sequence.
         with_vision: whether the vision tower and connector are part of the model; training needs neither.
-        window_ticks, max_plan_steps, memory_turns: how windows are written; a live run must do the same.
+        window_ticks, max_plan_steps, memory_turns, speech: how windows are written; a live run must do the same.
+        speak_by: ``head`` decides with head 1, ``end_of_turn`` with the language model's probability of
+            ``end_of_turn_token`` as the next one.
         speaking_threshold, dst_update_threshold: chosen on the validation part.
     """
 
@@ -40,22 +45,11 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     window_ticks: int = 64
     max_plan_steps: int = 24
     memory_turns: int = 2
+    speech: Literal["branch", "inline"] = "branch"
+    speak_by: Literal["head", "end_of_turn"] = "head"
+    end_of_turn_token: int = 0
     speaking_threshold: float = 0.5
     dst_update_threshold: float = 0.5
-
-
-@dataclass
-class HeadOutputs:
-    """What the heads say: float32 logits.
-
-    ``speaking`` and ``dst_update`` ``[N, 2]`` for N ticks, ``dst_state`` ``[N, K, 3]``, ``response``
-    ``[R, vocabulary]`` for the R labelled positions.
-    """
-
-    speaking: torch.Tensor
-    dst_update: torch.Tensor
-    dst_state: torch.Tensor
-    response: torch.Tensor
 
 
 class VisualAdapter(nn.Module):
@@ -145,9 +139,11 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         return out.last_hidden_state.flatten(0, 1), out.past_key_values
 
     def _trunk(self, batch: Batch, use_cache: bool) -> Any:
+        embedded = self.embed(batch.tokens, batch.features, batch.visual_at)
+        by_blocks = self.config.text_config._attn_implementation == "flex_attention"
         return self.model.text_model(
-            inputs_embeds=self.embed(batch.tokens, batch.features, batch.visual_at),
-            attention_mask=batch.additive_mask(self.dtype),
+            inputs_embeds=embedded,
+            attention_mask=batch.block_mask() if by_blocks else batch.additive_mask(embedded.dtype),
             position_ids=batch.positions,
             use_cache=use_cache,
         )
@@ -155,20 +151,46 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
     def decide(
         self, ticks: torch.Tensor, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Heads 1, 2 and 4 on hidden states of ticks ``[N, H]`` and of their plans' steps ``[N, K, H]``."""
+        """Heads 1, 2 and 4 on hidden states of ticks ``[N, H]`` and of their plans' steps ``[N, K, H]``.
+
+        Returns:
+            Logits; those of head 1 are the language model's where silence is its next token.
+        """
         ticks, steps = ticks.float(), steps.float()
-        return self.speaking_head(ticks), self.dst_update_head(ticks), self.dst_state_head(ticks, steps)
+        with torch.autocast(ticks.device.type, enabled=False):
+            speaking = self.speaking_head(ticks)
+            if self.config.speak_by == "end_of_turn":
+                silent = self.project(ticks).log_softmax(-1)[:, self.config.end_of_turn_token]
+                silent = silent.clamp(max=-1e-7)  # else the logarithm of what is left has no value
+                speaking = torch.stack([silent, torch.log(-torch.expm1(silent))], dim=-1)
+            return speaking, self.dst_update_head(ticks), self.dst_state_head(ticks, steps)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head 3 on hidden states ``[R, H]``: float32 logits ``[R, vocabulary]``."""
-        return nn.functional.linear(hidden.float(), self.response_head.weight.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.response_head.weight.float())
 
-    def forward(self, batch: Batch) -> HeadOutputs:
-        """All four heads on a batch of packed windows."""
+    def forward(self, batch: Batch, heads: Sequence[str] = HEADS) -> dict[str, torch.Tensor]:
+        """The heads that are asked for on a batch of packed windows.
+
+        Returns:
+            float32 logits, also under autocast: ``speaking`` and ``dst_update`` ``[N, 2]`` for N ticks, ``dst_state``
+            ``[N, K, 3]``, ``response`` ``[R, vocabulary]`` for the R labelled positions.
+        """
         hidden = self.hidden(batch)
-        steps = hidden[batch.step_at][batch.window_of_tick]
-        speaking, update, state = self.decide(hidden[batch.tick_at], steps)
-        return HeadOutputs(speaking, update, state, self.project(hidden[batch.response_at]))
+        ticks = hidden[batch.tick_at].float()
+        out: dict[str, torch.Tensor] = {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            if "speaking" in heads:
+                out["speaking"] = self.speaking_head(ticks)
+            if "dst_update" in heads:
+                out["dst_update"] = self.dst_update_head(ticks)
+            if "response" in heads:
+                out["response"] = self.project(hidden[batch.response_at])
+            if "dst_state" in heads:
+                steps = hidden[batch.step_at].float()
+                out["dst_state"] = self.dst_state_head(ticks, steps[batch.window_of_tick])
+        return out
 
 
 def from_backbone(folder: Path, config_changes: dict[str, Any], seed: int) -> DSTSmolVLM:

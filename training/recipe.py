@@ -4,67 +4,186 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from schemas.config import Strict, load_config
 from schemas.errors import UserError
+from training.losses import LossName
+
+Objective = Literal["joint", "independent", "uncertainty", "pcgrad"]
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class LoraSettings(Strict):
+    """Low-rank adapters on the language model's projections (Hu et al., 2021)."""
+
+    rank: Count = 16
+    alpha: Count = 32  # their output is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class ModelSettings(Strict):
-    """Which backbone, and how a tick enters it."""
+    """Which backbone, how a tick enters it, and what of it is trained."""
 
     init: str | None = None  # a hub name or a folder; none takes the checkpoint the cache was made with
     visual_adapter: Literal["identity", "fuse"] = "fuse"
-    visual_tokens: int = Field(1, ge=1)  # a tick in the sequence; with fuse 1 an hour is 7,200 tokens
+    visual_tokens: Count = 1  # a tick in the sequence; with fuse 1 an hour is 7,200 tokens
+    tune: Literal["full", "lora", "heads"] = (
+        "full"  # adapter and heads always are; heads leaves the backbone as it is
+    )
+    lora: LoraSettings = LoraSettings()
 
 
 class DataSettings(Strict):
-    """How windows are cut and batched."""
+    """How windows are cut, written and batched."""
 
-    window_ticks: int = Field(64, ge=1)
-    max_plan_steps: int = Field(24, ge=1)  # a longer plan shows the steps around the current one
+    window_ticks: Count = 64
+    max_plan_steps: Count = 24  # a longer plan shows the steps around the current one
     memory_turns: int = Field(2, ge=0)  # utterances before a window that are repeated in it
-    batch_windows: int = Field(8, ge=1)
+    speech: Literal["branch", "inline"] = (
+        "branch"  # inline: later ticks see the true words, and learn to read them
+    )
+    speak_by: Literal["head", "end_of_turn"] = (
+        "head"  # end_of_turn: silence is the language model's own next token
+    )
     max_seq_len: int = Field(2048, ge=64)  # windows are packed into rows of up to so many tokens
+    batch_rows: Count = 8  # rows of a step, over all ranks and accumulation steps
+    rows_at_once: Count | None = (
+        None  # rows of one forward pass on one device; none: as many as a step has for it
+    )
     state_noise: float = Field(0.03, ge=0, le=1)  # chance that a step's starting state is shown wrongly
     blind: bool = False  # features are zeroed: shows what the labels alone give away
-
-
-class HeadLoss(Strict):
-    """The loss of one head and its weight in the sum."""
-
-    loss: Literal["cross_entropy", "balanced", "focal"]
-    weight: float = Field(1.0, ge=0)
-    gamma: float = Field(2.0, ge=0)  # focal only
-    alpha: tuple[float, ...] | None = None  # focal only: one weight a class
+    workers: int = Field(0, ge=0)  # processes that read and pack ahead, for each rank
 
     @model_validator(mode="after")
-    def _alpha_is_for_focal(self) -> HeadLoss:
+    def _inline_needs_its_order(self) -> DataSettings:
+        if self.speak_by == "end_of_turn" and self.speech == "branch":
+            raise ValueError("speak_by end_of_turn needs speech inline: a branch is not what comes next")
+        return self
+
+
+class OptimizerSettings(Strict):
+    """AdamW and its schedule."""
+
+    lr: Rate = 5e-5  # of the backbone
+    head_lr: Rate = 5e-4  # of adapter and heads, which start from nothing
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; cosine ends at a hundredth
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: Rate = 1.0
+
+
+class TaskOptimizer(Strict):
+    """What a task's own optimizer has otherwise than the run's."""
+
+    lr: Rate | None = None
+    head_lr: Rate | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    warmup_steps: int | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+    clip_norm: Rate | None = None
+
+
+class TaskSettings(Strict):
+    """One head: its loss, how it is optimised, what its best checkpoint is."""
+
+    loss: LossName = "cross_entropy"
+    weight: float = Field(1.0, ge=0)  # in the sum; 0 leaves the task out
+    gamma: float = Field(2.0, ge=0)  # focal only
+    alpha: tuple[float, ...] | None = None  # focal only: one weight a class
+    optimizer: TaskOptimizer = TaskOptimizer()  # objective independent only
+    metric: str = (
+        ""  # the validation score that selects best_<task>; of val/loss_* the lowest, of others the highest
+    )
+    patience: Count | None = None  # validations without a better score; none never ends
+
+    @model_validator(mode="after")
+    def _alpha_is_for_focal(self) -> TaskSettings:
         if self.alpha is not None and self.loss != "focal":
             raise ValueError(f"alpha belongs to the focal loss, not to {self.loss}")
         return self
 
 
-class LossSettings(Strict):
-    speaking: HeadLoss = HeadLoss(loss="balanced")  # its threshold on val is flat, so it travels well
-    dst_update: HeadLoss = HeadLoss(loss="balanced")
-    response: HeadLoss = HeadLoss(loss="cross_entropy")
-    dst_state: HeadLoss = HeadLoss(loss="cross_entropy")
+class DecisionTask(TaskSettings):
+    """Whether something happens at a tick: of real ones, 3 to 6 in a hundred."""
+
+    loss: LossName = "balanced"  # its threshold is flat, so that it travels well from val to test
+    silence_ratio: Share = 1.0  # share of ticks without the event that the loss looks at, others each epoch
 
 
-class TrainSettings(Strict):
-    """Optimiser and length."""
+class SpeakingTask(DecisionTask):
+    metric: str = "val/speaking_f1"
 
-    steps: int = Field(2000, ge=1)
-    lr: float = Field(5e-5, gt=0)  # of the backbone
-    head_lr: float = Field(5e-4, gt=0)  # of adapter and heads, which start from nothing
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    eval_every: int = Field(200, ge=1)
-    seed: int = 0
+
+class UpdateTask(DecisionTask):
+    metric: str = "val/dst_update_f1"
+
+
+class ResponseTask(TaskSettings):
+    metric: str = "val/loss_response"
+
+
+class StateTask(TaskSettings):
+    metric: str = "val/dst_state_joint_near_transition"
+    near_weight: Rate = 1.0  # of labels within two ticks of a transition; the others weigh 1
+
+
+class Tasks(Strict):
+    """The four tasks, a head each."""
+
+    speaking: SpeakingTask = SpeakingTask()
+    dst_update: UpdateTask = UpdateTask()
+    response: ResponseTask = ResponseTask()
+    dst_state: StateTask = StateTask()
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Tasks:
+        if not self.active:
+            raise ValueError("all weights are 0, so that nothing is learned")
+        return self
+
+    @property
+    def active(self) -> dict[str, TaskSettings]:
+        """Those with a weight, by name."""
+        return {name: getattr(self, name) for name in TASK_NAMES if getattr(self, name).weight > 0}
+
+
+TASK_NAMES = ("speaking", "dst_update", "response", "dst_state")
+
+
+class TrainSettings(OptimizerSettings):
+    """Objective, length, and what it runs in."""
+
+    objective: Objective = "joint"
+    strategy: Literal["alternating", "shared_forward"] = (
+        "alternating"  # of independent: a forward pass a task, or one
+    )
+    on_plateau: Literal["continue", "freeze_task"] = (
+        "continue"  # what becomes of a task that is out of patience
+    )
+    steps: Count = 2000
+    eval_every: Count = 200
+    save_every: Count | None = None  # steps between saves of `latest`; none: at each validation
+    probe_every: int = Field(0, ge=0)  # steps between looks at each task's gradient (one more pass); 0: never
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # auto: what the GPU computes well
+    gradient_checkpointing: bool = False  # less memory for a third more time
+    shard: bool = False  # a part of the model on each of several cards (FSDP), where one has no room for it
+    compile: bool = False  # torch.compile: pays on long GPU runs
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl; pip install 'dst[track]'
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _strategy_is_for_independent(self) -> TrainSettings:
+        if self.strategy != "alternating" and self.objective != "independent":
+            raise ValueError(
+                f"strategy {self.strategy} belongs to objective independent, not to {self.objective}"
+            )
+        return self
 
 
 class Recipe(Strict):
@@ -72,8 +191,33 @@ class Recipe(Strict):
 
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
-    losses: LossSettings = LossSettings()
+    tasks: Tasks = Tasks()
     train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _each_part_fits_the_others(self) -> Recipe:
+        if self.data.speak_by == "end_of_turn" and self.tasks.speaking.weight:
+            raise ValueError("speak_by end_of_turn leaves head 1 untrained: set tasks.speaking.weight to 0")
+        if self.data.speak_by == "end_of_turn" and not self.tasks.response.weight:
+            raise ValueError("speak_by end_of_turn is learned by the response task: give it a weight")
+        if self.train.shard and (
+            self.train.objective != "joint" or self.model.tune != "full" or self.train.probe_every
+        ):
+            raise ValueError(
+                "train.shard needs objective joint, model.tune full and probe_every 0: a task's own gradient, and "
+                "low-rank adapters, need the whole model"
+            )
+        own = [name for name, task in self.tasks.active.items() if task.optimizer != TaskOptimizer()]
+        if own and self.train.objective != "independent":
+            raise ValueError(
+                f"tasks.{own[0]}.optimizer belongs to objective independent, not to {self.train.objective}"
+            )
+        return self
+
+    def optimizer_of(self, task: str) -> OptimizerSettings:
+        """What a task's own optimizer is like: the run's settings, but for those the task has otherwise."""
+        common = {name: getattr(self.train, name) for name in OptimizerSettings.model_fields}
+        return OptimizerSettings(**common | getattr(self.tasks, task).optimizer.model_dump(exclude_none=True))
 
 
 def load_recipe(name: str | None, overrides: list[str]) -> Recipe:

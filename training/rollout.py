@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.states import StateValidator
-from training.batch import Batch, Example, collate
+from training.batch import Batch, collate
 from training.data import SessionData, make_example, window_starts
+from training.live import Decisions, LiveWindows, Observation
 from training.model import DSTSmolVLM
 from training.sequence import SequenceBuilder, Words
 from training.speech import speak
 from training.traces import Trace, Track
+
+SESSIONS_AT_ONCE = 16
+"""Sessions that advance together: enough that a pass is worth it, few enough that their keys find room."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,15 @@ class _Run:
     states: list[NDArray[np.int8]] = field(default_factory=list)
     said: dict[int, str] = field(default_factory=dict)
 
+    def say(self, texts: dict[int, str]) -> None:
+        """Take in what the assistant says, by tick."""
+        self.said |= texts
+        self.words += [Words(tick, "assistant", text) for tick, text in texts.items()]
+        self.words.sort(key=lambda w: (w.tick, w.role == "assistant"))
 
-@dataclass(frozen=True)
-class Decisions:
-    """Heads 1, 2 and 4 on one window: probabilities ``[T]``, ``[T]``, ``[T, K, 3]``."""
-
-    speaking: NDArray[np.float32]
-    dst_update: NDArray[np.float32]
-    state: NDArray[np.float32]
+    def heard(self, tick: int) -> tuple[str, ...]:
+        """What the user says at a tick."""
+        return tuple(w.text for w in self.words if w.tick == tick and w.role == "user")
 
 
 def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisions]:
@@ -69,9 +75,14 @@ def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisi
 @torch.inference_mode()
 def decide_teacher(
     model: DSTSmolVLM, builder: SequenceBuilder, sessions: Sequence[SessionData], batch_windows: int = 16
-) -> list[list[Decisions]]:
-    """Decisions for each window of each session, with the true state and words at each window's start."""
+) -> tuple[list[list[Decisions]], float, int]:
+    """Decisions for each window of each session, with the true state at its start and all true words.
+
+    Returns:
+        The decisions of each session's windows, the summed loss of the response head, and the words it is the loss of.
+    """
     model.eval()
+    loss, words = 0.0, 0
     jobs = [
         (number, first, length)
         for number, session in enumerate(sessions)
@@ -80,18 +91,19 @@ def decide_teacher(
     found: list[list[Decisions]] = [[] for _ in sessions]
     for start in range(0, len(jobs), batch_windows):
         chosen = jobs[start : start + batch_windows]
-        examples = [
-            _teacher_example(sessions[number], builder, first, length) for number, first, length in chosen
-        ]
-        batch = collate(examples, max_seq_len=0, pad_token=builder.pad_token).to(model.device)
-        for (number, _, _), decisions in zip(chosen, decide(model, batch, model.hidden(batch)), strict=True):
+        examples = []
+        for number, first, length in chosen:
+            session = sessions[number]
+            state = session.state_before(first)
+            examples.append(make_example(session, builder, first, length, state, session.words))
+        batch = collate(examples, None, builder.pad_token).to(model.device)
+        hidden = model.hidden(batch)
+        for (number, _, _), decisions in zip(chosen, decide(model, batch, hidden), strict=True):
             found[number].append(decisions)
-    return found
-
-
-def _teacher_example(session: SessionData, builder: SequenceBuilder, first: int, length: int) -> Example:
-    words = [w for w in session.words if w.role == "user" or w.tick < first]
-    return make_example(session, builder, first, length, session.state_before(first), words)
+        logits = model.project(hidden[batch.response_at])
+        loss += float(torch.nn.functional.cross_entropy(logits, batch.response, reduction="sum"))
+        words += len(batch.response)
+    return found, loss, words
 
 
 def traces_of_teacher(
@@ -121,34 +133,82 @@ def run_free(
 ) -> list[Trace]:
     """What the assistant does on its own: states, memory and words are its own; only the user's words are given.
 
-    Sessions advance together, one window at a time. Within a window, heads 1, 2 and 4 read the observation
-    alone, so one pass decides all its ticks; then the words are generated where head 1 fires.
+    Sessions advance together, one window at a time.
     """
     model.eval()
+    take_window = _branch_window if builder.speech == "branch" else _inline_window
     runs = [_start(session, model.config.window_ticks) for session in sessions]
-    for number in range(max(len(run.windows) for run in runs)):
-        active = [run for run in runs if number < len(run.windows)]
-        examples = []
-        for run in active:
-            first, length = run.windows[number]
-            own = [w for w in run.words if w.role == "user" or w.tick < first]
-            examples.append(make_example(run.session, builder, first, length, run.validator.state, own))
-        # One row a window, so that a row's words can follow its own observation.
-        batch = collate(examples, max_seq_len=0, pad_token=builder.pad_token).to(model.device)
-        hidden, cache = model.hidden_with_cache(batch)
-        decisions = decide(model, batch, hidden)
-        speaking = []
-        for run, decision, example in zip(active, decisions, examples, strict=True):
-            _advance(run, decision, example.window.shown, thresholds)
-            speaking.append(np.flatnonzero(decision.speaking >= thresholds.speaking))
-        texts = speak(model, builder, batch, cache, speaking)
-        for run, spoken in zip(active, texts, strict=True):
-            first, _ = run.windows[number]
-            for tick, text in spoken.items():
-                run.said[first + tick] = text
-                run.words.append(Words(first + tick, "assistant", text))
-            run.words.sort(key=lambda w: (w.tick, w.role == "assistant"))
+    with _dense_attention(model):
+        for begin in range(0, len(runs), SESSIONS_AT_ONCE):
+            group = runs[begin : begin + SESSIONS_AT_ONCE]
+            for number in range(max(len(run.windows) for run in group)):
+                active = [run for run in group if number < len(run.windows)]
+                take_window(model, builder, active, number, thresholds)
     return [_trace(run, thresholds) for run in runs]
+
+
+def _branch_window(
+    model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int, thresholds: Thresholds
+) -> None:
+    """Heads 1, 2 and 4 read the observation alone, so one pass decides all ticks; then comes what is said at them."""
+    examples = []
+    for run in runs:
+        first, length = run.windows[number]
+        own = [w for w in run.words if w.role == "user" or w.tick < first]
+        examples.append(make_example(run.session, builder, first, length, run.validator.state, own))
+    # One row a window, so that a row's words can follow its own observation.
+    batch = collate(examples, None, builder.pad_token).to(model.device)
+    hidden, cache = model.hidden_with_cache(batch)
+    decisions = decide(model, batch, hidden)
+    speaking = []
+    for run, decision, example in zip(runs, decisions, examples, strict=True):
+        _advance(run, decision, example.window.shown, thresholds)
+        speaking.append(np.flatnonzero(decision.speaking >= thresholds.speaking))
+    texts = speak(model, builder, batch, cache, speaking)
+    for run, spoken in zip(runs, texts, strict=True):
+        run.say({run.windows[number][0] + tick: text for tick, text in spoken.items()})
+
+
+def _inline_window(
+    model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int, thresholds: Thresholds
+) -> None:
+    """What was said changes what is decided after it, so one tick follows the other."""
+    starts, features = [], []
+    for run in runs:
+        (first, length), session = run.windows[number], run.session
+        plan = (session.goal, session.step_names, run.validator.state)
+        starts.append(builder.window(*plan, first, 0, run.words))
+        features.append(session.features(first, length))
+    live = LiveWindows(model, builder, starts)
+    for offset in range(max(len(part) for part in features)):
+        decisions = live.observe(
+            [
+                Observation(part[offset], run.heard(run.windows[number][0] + offset))
+                if offset < len(part)
+                else None
+                for run, part in zip(runs, features, strict=True)
+            ]
+        )
+        speaking = []
+        for row, (run, decision) in enumerate(zip(runs, decisions, strict=True)):
+            if decision is not None:
+                _advance(run, decision, starts[row].shown, thresholds)
+                if decision.speaking[0] >= thresholds.speaking:
+                    speaking.append(row)
+        for row, text in live.speak(speaking).items():
+            runs[row].say({runs[row].windows[number][0] + offset: text})
+
+
+@contextmanager
+def _dense_attention(model: DSTSmolVLM) -> Iterator[None]:
+    """Attention that takes any mask and length as it comes: FlexAttention would be compiled for each anew."""
+    config = model.config.text_config
+    trained_with = config._attn_implementation
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = trained_with
 
 
 def _start(session: SessionData, window_ticks: int) -> _Run:
@@ -194,4 +254,5 @@ def _trace(run: _Run, thresholds: Thresholds) -> Trace:
         update_score=update_score,
         proposed_transitions=run.validator.proposed,
         rejected_transitions=run.validator.rejected,
+        source=session.labels.meta["source"],
     )

@@ -1,14 +1,15 @@
-"""One causal sequence for a window of ticks: header, memory, observation as trunk, speech as branches.
+"""One causal sequence for a window of ticks: header, memory, observation as trunk, speech as branches off it or inline.
 
 Training builds its windows here, and so does everything that runs a trained model: there is no other path.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,15 @@ class Window:
 
     Attributes:
         tokens: int64 ``[L]``; the image placeholder where a visual token stands.
-        speech: bool ``[L]``; True on the assistant's words, which the trunk never attends to.
-        positions: int64 ``[L]``; the trunk counts on as if the speech were not there.
+        speech: bool ``[L]``; True on words that branch off: the trunk never attends to them.
+        positions: int64 ``[L]``; the trunk counts on as if the branches were not there.
         visual_at: int64 ``[T * m]``; indices of the visual tokens.
         tick_at: int64 ``[T]``; index of the last visual token of each tick, where heads 1, 2, 4 read.
         step_at: int64 ``[K]``; index of the last token of each shown step's name.
         shown: int64 ``[K]``; which steps of the plan those are.
         targets: int64 ``[L]``; the next token where head 3 is trained, ``IGNORE`` elsewhere.
+            With ``speak_by="end_of_turn"`` a tick's last visual token has one, too: the end of the utterance where
+            the assistant is silent, else what opens its message.
     """
 
     tokens: NDArray[np.int64]
@@ -63,13 +66,25 @@ class SequenceBuilder:
         visual_tokens: tokens a tick after the visual adapter.
         max_plan_steps: a longer plan shows the steps around the first one that is not completed.
         memory_turns: turns before the window that are repeated in it.
+        speech: ``branch`` keeps the assistant's words out of what later ticks see, ``inline`` does not.
+        speak_by: ``end_of_turn`` makes silence a next token of the language model.
     """
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, max_plan_steps: int, memory_turns: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        visual_tokens: int,
+        max_plan_steps: int,
+        memory_turns: int,
+        speech: Literal["branch", "inline"] = "branch",
+        speak_by: Literal["head", "end_of_turn"] = "head",
+    ) -> None:
         self.visual_tokens = visual_tokens
         self.max_plan_steps = max_plan_steps
         self.memory_turns = memory_turns
+        self.speech, self.speak_by = speech, speak_by
         self.tokenizer = tokenizer
+        self._ids = functools.lru_cache(maxsize=1 << 16)(self._encode)  # plans and turns come again and again
         self.image_id = tokenizer.convert_tokens_to_ids("<image>")
         if self.image_id is None or self.image_id == tokenizer.unk_token_id:
             raise UserError("the checkpoint's tokenizer has no <image> token; give a SmolVLM2 checkpoint")
@@ -90,9 +105,10 @@ class SequenceBuilder:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(tokenizer, config.visual_tokens, config.max_plan_steps, config.memory_turns)
+        shape = (config.visual_tokens, config.max_plan_steps, config.memory_turns)
+        return cls(tokenizer, *shape, config.speech, config.speak_by)
 
-    def _ids(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _template(self, role: str, first: bool) -> tuple[str, str]:
@@ -144,8 +160,11 @@ class SequenceBuilder:
             words: utterances of the session in order; those before ``first_tick`` are its memory, those after
                 the window are left out.
         """
-        draft = _Draft()
+        draft = _Draft(branches=self.speech == "branch")
         shown = self.shown_steps(state)
+        said_at: dict[int, list[Words]] = {}
+        for said in words:
+            said_at.setdefault(said.tick, []).append(said)
         draft.trunk([*self._system[0], *self._ids(f" {ROLE}\nGoal: {goal}\nPlan:")])
         step_at = []
         for step in shown:
@@ -158,15 +177,17 @@ class SequenceBuilder:
             draft.trunk(self._message(said))
         visual_at: list[int] = []
         for tick in range(first_tick, first_tick + num_ticks):
-            now = [w for w in words if w.tick == tick]
+            now = said_at.get(tick, [])
             for said in now:
                 if said.role == "user":
                     draft.trunk(self._message(said))
             visual_at += range(len(draft.tokens), len(draft.tokens) + self.visual_tokens)
             draft.trunk([self.image_id] * self.visual_tokens)
             spoken = " ".join(w.text for w in now if w.role == "assistant")
+            if self.speak_by == "end_of_turn":
+                draft.targets[-1] = self.assistant_prefix[0] if spoken else self.end_of_utterance
             if spoken:
-                draft.branch(self.assistant_prefix, self.answer(spoken))
+                draft.spoken(self.assistant_prefix, self.answer(spoken))
         return Window(
             tokens=np.array(draft.tokens, dtype=np.int64),
             speech=np.array(draft.speech, dtype=np.bool_),
@@ -188,6 +209,7 @@ class SequenceBuilder:
 class _Draft:
     """A window while it is written."""
 
+    branches: bool
     tokens: list[int] = field(default_factory=list)
     speech: list[bool] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -198,29 +220,15 @@ class _Draft:
         self._add(tokens, speech=False, targets=[IGNORE] * len(tokens))
         self.next_position += len(tokens)
 
-    def branch(self, prefix: list[int], answer: list[int]) -> None:
-        """Speech begins where the trunk stands and leaves it there; its last token predicts nothing."""
+    def spoken(self, prefix: list[int], answer: list[int]) -> None:
+        """A branch begins where the trunk stands and leaves it there; the last token of an answer predicts nothing."""
         targets = [*[IGNORE] * (len(prefix) - 1), *answer, IGNORE]
-        self._add([*prefix, *answer], speech=True, targets=targets)
+        self._add([*prefix, *answer], speech=self.branches, targets=targets)
+        if not self.branches:
+            self.next_position += len(prefix) + len(answer)
 
     def _add(self, tokens: list[int], speech: bool, targets: list[int]) -> None:
         self.tokens += tokens
         self.speech += [speech] * len(tokens)
         self.positions += range(self.next_position, self.next_position + len(tokens))
         self.targets += targets
-
-
-def may_attend(speech: NDArray[np.bool_], documents: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which position sees which: earlier ones of its own document; the trunk sees no speech.
-
-    Args:
-        speech: bool ``[L]``.
-        documents: int64 ``[L]``, the number of the document at each position of a row.
-
-    Returns:
-        bool ``[L, L]``, rows are queries.
-    """
-    order = np.arange(len(speech))
-    causal = order[:, None] >= order[None, :]
-    same = documents[:, None] == documents[None, :]
-    return causal & same & (speech[:, None] | ~speech[None, :])

@@ -1,8 +1,8 @@
-"""Generates the assistant's words as branches off an observation that is already computed."""
+"""Generates the assistant's words, a token at a time, on keys and values that are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,52 @@ from training.sequence import SequenceBuilder
 MAX_WORDS_TOKENS = 64
 """An utterance that is longer is cut there and closed."""
 
+Feed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Appends tokens int64 ``[B, n]`` to the rows that are open, bool ``[B]``; logits of the next ``[B, vocabulary]``."""
+
+
+def append(
+    model: DSTSmolVLM, cache: Any, embedded: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states ``[B, n, H]`` of tokens that go on from a cache, which is extended.
+
+    Args:
+        embedded: ``[B, n, H]``; each sees those before it.
+        seen: bool ``[B, keys]``, which of the cached positions they see.
+        positions: int64 ``[B, n]``.
+    """
+    rows, count, _ = embedded.shape
+    new = torch.ones(count, count, dtype=torch.bool, device=embedded.device).tril()
+    allowed = torch.cat([seen[:, None, :].expand(-1, count, -1), new[None].expand(rows, -1, -1)], dim=2)
+    mask = torch.zeros(allowed.shape, dtype=embedded.dtype, device=embedded.device)
+    mask = mask.masked_fill_(~allowed, torch.finfo(embedded.dtype).min)
+    out = model.model.text_model(
+        inputs_embeds=embedded,
+        attention_mask=mask[:, None],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    hidden: torch.Tensor = out.last_hidden_state
+    return hidden
+
+
+def utterances(feed: Feed, builder: SequenceBuilder, open_rows: torch.Tensor) -> list[list[int]]:
+    """One greedy utterance, closed by its end, for each row that is open, bool ``[B]``; none for the others."""
+    answers: list[list[int]] = [[] for _ in open_rows]
+    prefix = torch.tensor(builder.assistant_prefix, device=open_rows.device).expand(len(open_rows), -1)
+    logits = feed(prefix, open_rows)
+    while bool(open_rows.any()):
+        tokens = logits.argmax(-1)
+        for row in torch.nonzero(open_rows)[:, 0].tolist():
+            if len(answers[row]) == MAX_WORDS_TOKENS:
+                tokens[row] = builder.end_of_utterance
+            answers[row].append(int(tokens[row]))
+        # The end of an utterance is fed too: what is said later has seen it in training.
+        logits = feed(tokens[:, None], open_rows)
+        open_rows = open_rows & (tokens != builder.end_of_utterance)
+    return answers
+
 
 def speak(
     model: DSTSmolVLM,
@@ -24,7 +70,7 @@ def speak(
     cache: Any,
     ticks: Sequence[NDArray[np.integer]],
 ) -> list[dict[int, str]]:
-    """Greedy words at the given ticks of each window.
+    """Greedy words at the given ticks of each window, as branches off an observation that is already computed.
 
     The first utterances of all windows are generated together, then the second ones, and so on: an utterance
     attends to the observation up to its tick and to the earlier utterances of its window.
@@ -38,7 +84,7 @@ def speak(
         For each example, the words by tick offset.
     """
     rows, length = batch.tokens.shape
-    speech = _Speech(model, batch, cache)
+    branches = _Branches(model, batch, cache)
     said: list[dict[int, str]] = [{} for _ in range(rows)]
     for turn in range(max((len(t) for t in ticks), default=0)):
         speaking = [len(ticks[example]) > turn for example in batch.order]
@@ -47,38 +93,16 @@ def speak(
             if speaking[row]:
                 offset = int(ticks[example][turn])
                 columns[row] = batch.tick_at[batch.window_of_tick == row][offset] - row * length
-        answers = _utterances(speech, builder, columns, speaking)
+        branches.begin(columns)
+        answers = utterances(branches.feed, builder, torch.tensor(speaking, device=model.device))
         for row, example in enumerate(batch.order):
             if speaking[row]:
                 said[example][int(ticks[example][turn])] = builder.text_of(answers[row])
     return said
 
 
-def _utterances(
-    speech: _Speech, builder: SequenceBuilder, columns: torch.Tensor, speaking: list[bool]
-) -> list[list[int]]:
-    """One utterance for each row that speaks, from the observation up to its column."""
-    rows = len(speaking)
-    open_rows = torch.tensor(speaking, device=columns.device)
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    prefix = torch.tensor([builder.assistant_prefix] * rows, device=columns.device)
-    speech.begin(columns)
-    logits = speech.feed(prefix, open_rows)
-    while bool(open_rows.any()):
-        tokens = logits.argmax(-1)
-        for row in range(rows):
-            if open_rows[row]:
-                if len(answers[row]) == MAX_WORDS_TOKENS:
-                    tokens[row] = builder.end_of_utterance
-                answers[row].append(int(tokens[row]))
-        # The end of an utterance is fed too: what is said later has seen it in training.
-        logits = speech.feed(tokens[:, None], open_rows)
-        open_rows = open_rows & (tokens != builder.end_of_utterance)
-    return answers
-
-
-class _Speech:
-    """Appends tokens to the cache and keeps account of who may attend to them."""
+class _Branches:
+    """Utterances that hang on a whole observation, each on the part of it up to its tick."""
 
     def __init__(self, model: DSTSmolVLM, batch: Batch, cache: Any) -> None:
         self.model, self.batch, self.cache = model, batch, cache
@@ -92,25 +116,12 @@ class _Speech:
         self.observed = torch.arange(length, device=columns.device)[None, :] <= columns[:, None]
 
     def feed(self, tokens: torch.Tensor, open_rows: torch.Tensor) -> torch.Tensor:
-        """Append tokens int64 ``[B, n]``; rows that are not open get padding nobody sees.
-
-        Returns:
-            Logits of the next token ``[B, vocabulary]``.
-        """
-        rows, count = tokens.shape
-        new = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
-        seen = torch.cat([self.observed, self.said], dim=1)[:, None, :].expand(-1, count, -1)
-        allowed = torch.cat([seen, new[None].expand(rows, -1, -1)], dim=2)
-        mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=tokens.device)
-        mask = mask.masked_fill(~allowed, torch.finfo(self.model.dtype).min)
+        """A `Feed`; rows that are not open get padding nobody sees."""
+        count = tokens.shape[1]
         positions = self.position[:, None] + torch.arange(count, device=tokens.device)
-        out = self.model.model.text_model(
-            inputs_embeds=self.model.get_input_embeddings()(tokens),
-            attention_mask=mask[:, None],
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        seen = torch.cat([self.observed, self.said], dim=1)
+        embedded = self.model.get_input_embeddings()(tokens)
+        hidden = append(self.model, self.cache, embedded, seen, positions)
         self.position = self.position + count
         self.said = torch.cat([self.said, open_rows[:, None].expand(-1, count)], dim=1)
-        return self.model.project(out.last_hidden_state[:, -1])
+        return self.model.project(hidden[:, -1])

@@ -63,7 +63,7 @@ class Trace:
 
     ``first_tick`` is the video's tick at which the session starts. The scores are float32 ``[T]``
     probabilities, None for a predictor that has none. The transitions proposed and rejected are those
-    of `schemas.states.StateValidator`.
+    of `schemas.states.StateValidator`. ``source`` is the corpus, which says how far words may lie from the true ones.
 
     Raises:
         ValueError: truth, prediction, scores and step names do not fit each other.
@@ -79,6 +79,7 @@ class Trace:
     update_score: NDArray[np.float32] | None
     proposed_transitions: int = 0
     rejected_transitions: int = 0
+    source: str = ""
 
     def __post_init__(self) -> None:
         true, predicted = self.truth.state.shape, self.predicted.state.shape

@@ -1,32 +1,53 @@
-"""Trains the dialog model on cached features: one optimizer, the weighted sum of four losses."""
+"""Trains the dialog model on cached features; any step can be the last one for now."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from pipeline.shards import ShardCache
 from schemas.checkpoints import checkpoint_folder
+from schemas.config import load_config
 from schemas.errors import UserError
-from schemas.files import replacing_folder, write_text
-from training.batch import Batch, Example, collate
+from schemas.files import write_text
+from training.checkpoint import load_state, save_model
 from training.curves import curves_picture
-from training.data import SessionData, TrainingWindows, load_sessions
-from training.losses import loss_parts
-from training.metrics import best_threshold, score
-from training.model import NEW_PARTS, DSTSmolVLM, from_backbone
-from training.recipe import HeadLoss, LossSettings, Recipe
-from training.rollout import Thresholds, decide_teacher, traces_of_teacher
+from training.data import SessionData, load_sessions
+from training.model import DSTSmolVLM, from_backbone
+from training.objectives import OBJECTIVES, Objective
+from training.recipe import Recipe
+from training.runlog import RunLog, installed
+from training.sampler import Position, Step, TrainingSteps, training_loader
+from training.selection import COMBINED, INLINE_SCORES, SCORES, Selection
 from training.sequence import SequenceBuilder
+from training.sharding import gathered, whole
+from training.stop import StopRequest, children_that_stay
+from training.tasks import Counts, count_labels, summed
+from training.tuning import choose_trained, merged_state
+from training.validation import validate
 
-HEADS = ("speaking", "dst_update", "response", "dst_state")
+Row = dict[str, float]
+
+
+class Stopped(Exception):
+    """A signal asked for it; all is saved.
+
+    Attributes:
+        signal: its number.
+        step: steps that are done.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.signal, self.step = signal, step
 
 
 def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilder]:
@@ -54,20 +75,14 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
         "window_ticks": recipe.data.window_ticks,
         "max_plan_steps": recipe.data.max_plan_steps,
         "memory_turns": recipe.data.memory_turns,
+        "speech": recipe.data.speech,
+        "speak_by": recipe.data.speak_by,
     }
     model = from_backbone(folder, changes, recipe.train.seed)
-    return model, SequenceBuilder.of(folder, model.config)
-
-
-def compute_losses(model: torch.nn.Module, batch: Batch, settings: LossSettings) -> dict[str, torch.Tensor]:
-    """The loss of each head on one batch."""
-    out = model(batch)
-    losses = {}
-    for head in HEADS:
-        chosen: HeadLoss = getattr(settings, head)
-        logits, labels = getattr(out, head), getattr(batch, head)
-        losses[head] = loss_parts(chosen.loss, logits, labels, gamma=chosen.gamma, alpha=chosen.alpha).mean()
-    return losses
+    builder = SequenceBuilder.of(folder, model.config)
+    model.config.end_of_turn_token = builder.end_of_utterance
+    choose_trained(model, recipe.model, recipe.train.seed)
+    return model, builder
 
 
 def train(
@@ -76,152 +91,270 @@ def train(
     out: Path,
     *,
     device: str,
-    on_step: Callable[[dict[str, float]], None] = lambda row: None,
-) -> dict[str, float]:
+    resume: bool = False,
+    on_start: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[Row], None] = lambda row: None,
+) -> Row:
     """Train a model. ``out`` gets recipe.yaml, run.json, log.jsonl, curves.png and checkpoints.
 
+    Args:
+        resume: go on from ``checkpoints/latest``, where there is one.
+        on_start: called with the number of steps that are done already.
+
     Returns:
-        The step and the validation scores of the best checkpoint.
+        The row of the log that belongs to the best checkpoint.
 
     Raises:
-        UserError: the run's folder is in use, the cache has no train or val part, or a loss is not a number.
+        UserError: the run's folder is in use or of another recipe, the cache has no train or val part, a loss is not a
+            number, or no room to save.
+        Stopped: SIGTERM or Ctrl-C came; the run is saved and can be resumed.
     """
-    if (out / "log.jsonl").exists():
-        raise UserError(f"{out} holds a run already; give another --out, or remove it")
-    if device == "cpu":  # else two threads add up some gradients in the order they come
-        torch.use_deterministic_algorithms(True)
-    accelerator = Accelerator(cpu=device == "cpu")
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "training runs in one process for now; start it without torchrun or accelerate launch"
-        )
+    accelerator = _accelerator(recipe, device, out)
+    latest = out / "checkpoints" / "latest"
+    if not resume and (out / "log.jsonl").exists():
+        raise UserError(f"{out} holds a run already; go on with --resume, give another --out, or remove it")
     cache = ShardCache(shards)
     training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
     model, builder = build(recipe, cache)
-    windows = TrainingWindows(training, builder, recipe.data, recipe.train.seed)
-    optimizer = make_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    write_text(out / "run.json", json.dumps({"shards": str(shards)}) + "\n")
-    torch.manual_seed(recipe.train.seed)
-    best: dict[str, float] = {"val/combined": -math.inf}
-    rows: list[dict[str, float]] = []
-    with (out / "log.jsonl").open("w", encoding="utf-8") as log:
-        for step, (epoch, examples) in enumerate(_batches(windows, recipe.train.steps), 1):
-            row = {"step": step, "epoch": epoch, "train/lr": float(schedule.get_last_lr()[0])}
-            batch = collate(examples, recipe.data.max_seq_len, builder.pad_token).to(accelerator.device)
-            row |= _take_step(prepared, batch, recipe, optimizer, accelerator, step)
-            schedule.step()
-            if step % recipe.train.eval_every == 0 or step == recipe.train.steps:
-                row |= validate(model, builder, validation)
-                _save(model, builder, out / "checkpoints" / "latest")
-                if row["val/combined"] > best["val/combined"]:
-                    best = {
-                        key: value for key, value in row.items() if key == "step" or key.startswith("val/")
-                    }
-                    _save(model, builder, out / "checkpoints" / "best")
-            rows.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            on_step(row)
-    curves_picture(rows, out / "curves.png")
-    return best
-
-
-def _take_step(
-    model: torch.nn.Module,
-    batch: Batch,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    step: int,
-) -> dict[str, float]:
-    """One forward, one backward, one step; returns what the log says of it."""
-    model.train()
-    losses = compute_losses(model, batch, recipe.losses)
-    wrong = [head for head, loss in losses.items() if not torch.isfinite(loss)]
-    if wrong:
+    resume = resume and latest.is_dir()
+    state = load_state(model, latest) if resume else None
+    data_key = _data_key(training + validation)
+    if state is not None and state["data_key"] != data_key:
         raise UserError(
-            f"the loss of {', '.join(wrong)} is not a number at step {step}; lower train.lr, or look at the features"
+            f"the sessions in {shards} are not those that {out} was started with; start a new run"
         )
-    total = torch.stack([getattr(recipe.losses, head).weight * losses[head] for head in HEADS]).sum()
-    accelerator.backward(total)
-    norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    row = {f"train/loss_{head}": round(losses[head].item(), 6) for head in HEADS}
-    return row | {"train/loss": round(total.item(), 6), "train/grad_norm": round(float(norm), 6)}
+    if device != "cpu":
+        model.config.text_config._attn_implementation = "flex_attention"
+    if recipe.train.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if recipe.train.compile:
+        model.model.text_model.compile()
+    objective = OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
+    run = _Run(accelerator, objective, builder, recipe, training, validation, data_key, out, on_step)
+    if state is not None:
+        run.load_state(state)
+    else:
+        run.start(str(shards))
+    on_start(run.step)
+    return run.go()
 
 
-def make_optimizer(model: DSTSmolVLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, a learning rate of their own for what starts from nothing."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith(NEW_PARTS), parameter.ndim > 1), []).append(parameter)
-    settings = recipe.train
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": settings.head_lr if is_new else settings.lr,
-                "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            }
-            for (is_new, is_matrix), parameters in groups.items()
-        ],
-        betas=(0.9, 0.95),
-    )
+class _Run:
+    """A run that is under way: where it is, what was best."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        builder: SequenceBuilder,
+        recipe: Recipe,
+        training: list[SessionData],
+        validation: list[SessionData],
+        data_key: str,
+        out: Path,
+        on_step: Callable[[Row], None],
+    ) -> None:
+        self.accelerator, self.objective, self.builder, self.recipe = accelerator, objective, builder, recipe
+        self.training, self.validation, self.data_key = training, validation, data_key
+        self.out, self.on_step = out, on_step
+        self.model = objective.model
+        self.step, self.position = 0, Position()
+        self.selection = Selection(
+            objective.tasks, SCORES if recipe.data.speech == "branch" else INLINE_SCORES
+        )
+        self.log = RunLog(out, accelerator)
+
+    def start(self, shards: str) -> None:
+        """A new run's folder."""
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+            write_text(self.out / "recipe.yaml", settings)
+            write_text(self.out / "run.json", json.dumps({"shards": shards}) + "\n")
+        self.log.open(0)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.position = state["step"], Position(*state["position"])
+        self.selection.load_state(state["selection"])
+        self.objective.load_state(state["objective"])
+        self.model.config.update(state["thresholds"])
+        self.log.open(self.step)
+
+    def state(self) -> dict[str, Any]:
+        thresholds = ("speaking_threshold", "dst_update_threshold")
+        return {
+            "step": self.step,
+            "position": list(self.position),
+            "selection": self.selection.state(),
+            "objective": self.objective.state(),
+            "thresholds": {name: getattr(self.model.config, name) for name in thresholds},
+            "data_key": self.data_key,
+        }
+
+    def go(self) -> Row:
+        """Steps until there are enough, or every task has run out of patience."""
+        train, device = self.recipe.train, self.accelerator.device
+        with self.log, StopRequest() as stop:
+            for step in self._read_ahead():
+                if self.step == train.steps or self.selection.is_over(self.objective.frozen):
+                    break
+                row = {"step": self.step + 1, "epoch": self.position.epoch} | self._take(step, device)
+                self.step, self.position = self.step + 1, step.after
+                is_last = self.step == train.steps
+                if self.step % train.eval_every == 0 or is_last:
+                    with whole(self.model, self.objective.spare, device) as model:
+                        row |= validate(model, self.builder, self.validation, self.accelerator)
+                    row["train/clip_share"] = self.log.clip_share(row)
+                self.log.add(row)
+                if COMBINED in row:
+                    self._keep_best(row)
+                if COMBINED in row or (train.save_every and self.step % train.save_every == 0):
+                    self._save("latest", self.state())
+                self.on_step(row)
+                if (asked := self._any_rank(stop.signal)) and not is_last:
+                    if COMBINED not in row:
+                        self._save("latest", self.state())
+                    raise Stopped(asked, self.step)
+        if self.accelerator.is_main_process:
+            curves_picture(self.log.rows, self.out / "curves.png")
+        return self.log.row_of(self.selection.bests["best"].step)
+
+    def _read_ahead(self) -> Iterator[Step]:
+        """The steps from here on. A generator lets go of its worker processes as soon as nobody asks it for more."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        steps = TrainingSteps(self.training, self.builder, self.recipe, self.position, rank, ranks)
+        with children_that_stay():
+            loaded = iter(training_loader(steps))
+        yield from loaded
+
+    def _take(self, step: Step, device: torch.device) -> Row:
+        """One step of the optimizers; what the log says of it."""
+        passes = [batch.to(device) for batch in step.passes]
+        totals = self._totals(passes)
+        self.model.train()
+        # dropout depends on the step and the rank alone: a run that was resumed, or looked at, drops the same
+        seed = _mixed(self.recipe.train.seed, self.step, self.accelerator.process_index)
+        probed: Row = {}
+        if self.recipe.train.probe_every and self.step % self.recipe.train.probe_every == 0:
+            torch.manual_seed(seed)
+            probed = self.objective.probe(passes[0], totals)
+        torch.manual_seed(seed)
+        padding = sum(batch.padding for batch in passes) / len(passes)
+        return self.objective.step(passes, totals, self.step) | probed | {"train/padding": padding}
+
+    def _totals(self, passes: Sequence[Any]) -> Counts:
+        """Labels of the whole step, over all ranks."""
+        vocabulary = self.model.config.text_config.vocab_size
+        own = summed([count_labels(batch, self.objective.tasks, vocabulary) for batch in passes])
+        return cast(Counts, self.accelerator.reduce(own, "sum"))
+
+    def _keep_best(self, row: Row) -> None:
+        for name in self.selection.update(self.step, row):
+            self._save(name)
+        frozen = self.objective.frozen
+        if self.recipe.train.on_plateau == "freeze_task" and not self.selection.is_over(frozen):
+            frozen |= self.selection.out_of_patience()
+
+    def _save(self, name: str, state: dict[str, Any] | None = None) -> None:
+        tensors = gathered(merged_state(self.model))
+        if self.accelerator.is_main_process:
+            save_model(self.model, self.builder, self.out / "checkpoints" / name, state, tensors)
+        self.accelerator.wait_for_everyone()
+
+    def _any_rank(self, signal: int | None) -> int:
+        """The signal that any rank has had, so that all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return signal or 0
+        told = torch.tensor([signal or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max())
 
 
-def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to a hundredth."""
-    settings = recipe.train
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def resumed_recipe(out: Path, given: Recipe | None) -> Recipe | None:
+    """The recipe to go on with: the one a run was started with, None where there is no run.
 
+    Args:
+        given: the one the user asks for now; None asks for none. What a machine has to do with (worker processes, rows
+            at once, trackers) may be otherwise in it.
 
-def validate(model: DSTSmolVLM, builder: SequenceBuilder, sessions: list[SessionData]) -> dict[str, float]:
-    """Choose the thresholds on the validation part, keep them in the model's config, and score with them.
-
-    States are true at the start of each window here; `dst evaluate` runs on predicted ones.
+    Raises:
+        UserError: they differ.
     """
-    decisions = decide_teacher(model, builder, sessions)
-    chosen = {}
-    for head, truth in (("speaking", "speak"), ("dst_update", "dst_update")):
-        scores = np.concatenate([getattr(window, head) for windows in decisions for window in windows])
-        labels = np.concatenate([getattr(session.truth, truth) for session in sessions])
-        if not labels.any():
-            raise UserError(f"the val part has no tick for {head}; a threshold cannot be chosen on it")
-        chosen[head] = best_threshold(scores, labels)[0]
-    thresholds = Thresholds(**chosen)
-    model.config.speaking_threshold = thresholds.speaking
-    model.config.dst_update_threshold = thresholds.dst_update
-    found = score(traces_of_teacher(model, builder, sessions, decisions, thresholds))
-    return {
-        "val/speaking_f1": found["speaking"]["f1"],
-        "val/dst_update_f1": found["dst_update"]["f1"],
-        "val/dst_state_macro_f1": found["dst_state"]["macro_f1"],
-        "val/dst_state_joint": found["dst_state"]["joint"],
-        "val/dst_state_joint_near_transition": found["dst_state"]["joint_near_transition"],
-        "val/combined": found["combined"]["value"],
+    path = out / "recipe.yaml"
+    if not path.is_file():
+        return None
+    saved = load_config(Recipe, path, [])
+    if given is None:
+        return saved
+    machine = {
+        "data": saved.data.model_copy(update=given.data.model_dump(include={"workers", "rows_at_once"})),
+        "train": saved.train.model_copy(update=given.train.model_dump(include={"trackers"})),
     }
+    if given != saved.model_copy(update=machine):
+        different = _differences(saved.model_dump(), given.model_dump())
+        raise UserError(
+            f"{out} was started with another recipe ({different}); resume it with --out {out} alone, or start a new run"
+        )
+    return given
 
 
-def _batches(windows: TrainingWindows, steps: int) -> Iterator[tuple[int, list[Example]]]:
-    step, epoch = 0, 0
-    while True:
-        for examples in windows.epoch(epoch):
-            if step == steps:
-                return
-            yield epoch, examples
-            step += 1
-        epoch += 1
+def _accelerator(recipe: Recipe, device: str, out: Path) -> Accelerator:
+    precision = recipe.train.precision
+    if device == "cpu":
+        # else two threads add up some gradients in the order they come
+        torch.use_deterministic_algorithms(True)
+        # each new tensor would be filled with NaN first
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if precision in ("bf16", "fp16"):
+            raise UserError(
+                f"train.precision={precision} is for GPUs: on a CPU it is slower; leave it at auto"
+            )
+        precision = "float32"
+    elif precision == "auto":
+        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    elif precision == "bf16" and torch.cuda.get_device_capability()[0] < 8:
+        raise UserError("this GPU does not compute in bf16; set train.precision=fp16, or auto")
+    every_head = len(recipe.tasks.active) == 4 and recipe.train.on_plateau == "continue"
+    unused = recipe.train.objective == "independent" or not every_head
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no" if precision == "float32" else precision,
+        log_with=installed(recipe.train.trackers) or None,
+        project_dir=str(out),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"accelerate's own {accelerator.distributed_type.value} settings are not used: start with torchrun, and "
+            "set train.shard=true where the model is to lie in parts"
+        )
+    if recipe.train.shard and accelerator.num_processes == 1:
+        raise UserError("train.shard spreads a model over several processes; start it with torchrun")
+    if recipe.train.shard and accelerator.scaler:
+        raise UserError("train.shard does not scale losses, which fp16 needs; use cards with bf16")
+    return accelerator
 
 
-def _save(model: DSTSmolVLM, builder: SequenceBuilder, folder: Path) -> None:
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        builder.tokenizer.save_pretrained(temporary)
+def _data_key(sessions: Sequence[SessionData]) -> str:
+    """Changes when the sessions do, their labels, or how their features were made; not when the cache is moved."""
+    key = hashlib.sha256()
+    for session in sessions:
+        made = session.cache.fingerprint.model_dump(exclude={"model", "storage"})
+        about = (session.session_id, session.first_tick, session.goal, session.step_names, session.words)
+        key.update(repr((made, about)).encode())
+        for labels in (session.truth.speak, session.truth.dst_update, session.truth.state):
+            key.update(labels.tobytes())
+    return key.hexdigest()
+
+
+def _mixed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6], "little")
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> str:
+    told = []
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            told.append(_differences(value, given[key], f"{path}{key}."))
+        elif value != given[key]:
+            told.append(f"{path}{key}={value!r}, not {given[key]!r}")
+    return ", ".join(text for text in told if text)

@@ -1,0 +1,138 @@
+"""Windows that are written while they happen: a tick goes in, decisions come out, and words where it speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from training.model import DSTSmolVLM
+from training.sequence import SequenceBuilder, Window, Words
+from training.speech import append, utterances
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Heads 1, 2 and 4 on ``T`` ticks of one window with ``K`` shown steps: probabilities.
+
+    ``speaking`` and ``dst_update`` float32 ``[T]``, ``state`` float32 ``[T, K, 3]``.
+    """
+
+    speaking: NDArray[np.float32]
+    dst_update: NDArray[np.float32]
+    state: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tick brings: its features ``[cached_tokens, H]``, and what the user says at it."""
+
+    features: NDArray[Any]
+    said: tuple[str, ...] = ()
+
+
+class LiveWindows:
+    """Windows under way, one a row, each as `SequenceBuilder.window` would write it with the words that come about.
+
+    With ``speech="inline"`` what is said stays in sight of all that follows, and positions run on. With ``branch`` only
+    later words see it.
+
+    Args:
+        starts: windows without a tick: plan and memory.
+    """
+
+    def __init__(self, model: DSTSmolVLM, builder: SequenceBuilder, starts: Sequence[Window]) -> None:
+        self.model, self.builder = model, builder
+        rows, device = len(starts), model.device
+        self.cache = DynamicCache()
+        # of the cached positions [B, keys]: whether it is of the trunk, whether it is said; padding is neither
+        self.trunk = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.speech = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)  # the trunk's next
+        self.num_steps = [len(start.step_at) for start in starts]
+        hidden, _ = self._observe([start.tokens for start in starts], None)
+        most = max(self.num_steps)
+        at = np.stack(
+            [np.pad(start.step_at, (0, most - len(start.step_at)), mode="edge") for start in starts]
+        )
+        self.steps = hidden[torch.arange(rows, device=device)[:, None], torch.from_numpy(at).to(device)]
+
+    @torch.inference_mode()
+    def observe(self, ticks: Sequence[Observation | None]) -> list[Decisions | None]:
+        """Feed each row its next tick, None to a window that is over; what it decides there, ``T`` = 1."""
+        tokens = [self._tokens(tick.said) if tick else np.zeros(0, dtype=np.int64) for tick in ticks]
+        features = np.stack([tick.features for tick in ticks if tick])
+        _, last = self._observe(tokens, torch.from_numpy(features).to(self.model.device))
+        logits = self.model.decide(last, self.steps)
+        speaking, update, state = (each.softmax(-1).cpu().numpy() for each in logits)
+        return [
+            Decisions(speaking[row : row + 1, 1], update[row : row + 1, 1], state[row : row + 1, :steps])
+            if tick
+            else None
+            for row, (tick, steps) in enumerate(zip(ticks, self.num_steps, strict=True))
+        ]
+
+    @torch.inference_mode()
+    def speak(self, rows: Sequence[int]) -> dict[int, str]:
+        """What is said in these rows after the last tick."""
+        if not rows:
+            return {}
+        speaking = torch.zeros(len(self.position), dtype=torch.bool, device=self.position.device)
+        speaking[list(rows)] = True
+        self.spoken_at = self.position.clone()
+        answers = utterances(self._say, self.builder, speaking)
+        if self.builder.speech == "inline":
+            self.position = self.spoken_at
+        return {row: self.builder.text_of(answers[row]) for row in rows}
+
+    def _tokens(self, said: Sequence[str]) -> NDArray[np.int64]:
+        """What a window holds for one tick."""
+        plan = ("", (), np.zeros(0, dtype=np.int8))
+        words = [Words(0, "user", text) for text in said]
+        before, after = (self.builder.window(*plan, 0, ticks, words).tokens for ticks in (0, 1))
+        return after[len(before) :]
+
+    @torch.inference_mode()
+    def _observe(
+        self, parts: Sequence[NDArray[np.int64]], features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append trunk to each row; hidden states ``[B, n, H]`` and those of each row's last token ``[B, H]``."""
+        device, rows = self.position.device, len(parts)
+        lengths = torch.tensor([len(part) for part in parts], device=device)
+        size = int(lengths.max())
+        padded = [
+            np.pad(part, (0, size - len(part)), constant_values=self.builder.pad_token) for part in parts
+        ]
+        tokens = torch.from_numpy(np.stack(padded)).to(device)
+        if features is None:
+            embedded = self.model.get_input_embeddings()(tokens)
+        else:
+            # a tick ends with its visual tokens
+            ends = (torch.arange(rows, device=device) * size + lengths)[lengths > 0]
+            visual_at = ends[:, None] - torch.arange(self.builder.visual_tokens, 0, -1, device=device)
+            embedded = self.model.embed(tokens, features, visual_at.flatten())
+        ahead = torch.arange(size, device=device)
+        hidden = append(self.model, self.cache, embedded, self.trunk, self.position[:, None] + ahead)
+        self._grow(ahead < lengths[:, None], trunk=True)
+        self.position = self.position + lengths
+        return hidden, hidden[torch.arange(rows, device=device), lengths - 1]
+
+    def _say(self, tokens: torch.Tensor, open_rows: torch.Tensor) -> torch.Tensor:
+        """Append words, a `training.speech.Feed`."""
+        count = tokens.shape[1]
+        embedded = self.model.get_input_embeddings()(tokens)
+        positions = self.spoken_at[:, None] + torch.arange(count, device=tokens.device)
+        hidden = append(self.model, self.cache, embedded, self.trunk | self.speech, positions)
+        self._grow(open_rows[:, None].expand(-1, count), trunk=self.builder.speech == "inline")
+        self.spoken_at = self.spoken_at + count * open_rows
+        return self.model.project(hidden[:, -1])
+
+    def _grow(self, real: torch.Tensor, trunk: bool) -> None:
+        """Keep account of what was appended, bool ``[B, n]``: False is padding."""
+        self.trunk = torch.cat([self.trunk, real & trunk], dim=1)
+        self.speech = torch.cat([self.speech, real & (not trunk)], dim=1)
