@@ -593,6 +593,7 @@ def _echo_metrics(metrics: dict[str, Any]) -> None:
     about = metrics["about"]
     typer.echo(f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, free-running")
     echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
+    typer.echo(f"combined: {metrics['combined']['formula']}; words are compared by {about['embedding']}")
 
 
 def _write_timeline(run: Path, shards: str | None, traces: list[Trace]) -> None:

@@ -261,7 +261,6 @@ def _load(folder: Path, config: Any) -> tuple[Any, Any, str]:
             "connector": SmolVLMConnector(config),
         }
     weights = _load_weights(folder)
-    digest = hashlib.sha256()
     for name, module in modules.items():
         state = weights[name]
         wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
@@ -272,12 +271,29 @@ def _load(folder: Path, config: Any) -> tuple[Any, Any, str]:
                 f"{folder} holds {len(other)} tensors of the {name} that do not go with its config.json, such as "
                 f"{other[0]}; download the checkpoint again"
             )
-        for key in sorted(state):
-            tensor = state[key].contiguous()
-            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().data)
         module.load_state_dict(state, assign=True)
-    return modules["vision_model"], modules["connector"], digest.hexdigest()
+    return modules["vision_model"], modules["connector"], _sha256_of(weights)
+
+
+def vision_sha256(folder: Path) -> str | None:
+    """The hash that a cache made with a checkpoint has in its fingerprint; None where that has no vision tower.
+
+    Raises:
+        UserError: a file of weights is missing or damaged.
+    """
+    weights = _load_weights(folder)
+    return _sha256_of(weights) if any(weights.values()) else None
+
+
+def _sha256_of(weights: dict[str, dict[str, torch.Tensor]]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name in ("vision_model", "connector"):
+        for key, tensor in sorted(weights[name].items()):
+            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _load_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

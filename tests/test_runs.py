@@ -159,6 +159,17 @@ def test_csv_has_every_number_of_a_real_run(shards: Path, tmp_path: Path) -> Non
     assert row["differs"] == ""
 
 
+def test_a_run_with_inline_speech_may_select_by_what_only_it_measures(tmp_path: Path) -> None:
+    folder = a_run(
+        tmp_path / "inline", {50: 0.4}, 100, "data.speech=inline", "tasks.response.metric=val/matched_f1"
+    )
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows[49]["val/matched_f1"] = 0.25
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [run], broken = read_runs(tmp_path)
+    assert (run.scores["val/matched_f1"], broken) == (0.25, {})
+
+
 def test_records_keep_scores_that_the_table_does_not_know(tmp_path: Path) -> None:
     log = a_run(tmp_path / "new", {10: 0.5}, 100) / "log.jsonl"
     log.write_text(log.read_text().replace('"val/combined"', '"val/matched_f1": 0.25, "val/combined"'))

@@ -18,12 +18,13 @@ from accelerate.utils import DistributedType
 from tiny_run import rows_of, small, some_steps, totals_of, trained_by
 
 import training.trainer
+from pipeline.presets import init_model
 from pipeline.shards import ShardCache
 from schemas.config import load_config
 from schemas.errors import UserError
 from training.data import load_sessions, window_starts
 from training.evaluate import evaluate, table_rows
-from training.model import HEADS
+from training.model import HEADS, load_trained
 from training.optim import learning_rate_factor
 from training.recipe import Recipe, Tasks, load_recipe
 from training.runlog import RunLog
@@ -67,6 +68,30 @@ def test_a_run_leaves_its_recipe_log_curves_and_checkpoints(run: Path) -> None:
     assert (run / "curves.png").is_file()
     assert load_config(Recipe, run / "recipe.yaml").train.steps == 6
     assert not list(run.rglob("*.tmp"))
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_rest(run: Path) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+        assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_a_run_goes_on_from_what_another_has_learned(run: Path, shards: Path, tmp_path: Path) -> None:
+    """Its checkpoint has no vision tower, so none can be another than the cache's."""
+    best = run / "checkpoints/best"
+    model, _ = build(few(f"model.init={best}"), ShardCache(shards))
+    saved = load_trained(best).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    train(shards, few(f"model.init={best}", "train.steps=1"), tmp_path / "on", device="cpu")
+
+
+def test_a_cache_of_another_vision_tower_of_the_same_size(shards: Path, tmp_path: Path) -> None:
+    init_model("tiny", tmp_path / "other", seed=5)
+    with pytest.raises(
+        UserError, match=r"was made with another vision tower than that of .*/other; set model\.init"
+    ):
+        train(shards, few(f"model.init={tmp_path / 'other'}"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_share_of_clipped_steps_is_that_of_the_steps_since_the_last_validation(run: Path) -> None:

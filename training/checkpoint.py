@@ -39,6 +39,8 @@ def save_model(
         with replacing_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=tensors)
             builder.tokenizer.save_pretrained(temporary)
+            for weights in temporary.glob("*.safetensors"):  # which are written for their owner alone
+                weights.chmod((temporary / "config.json").stat().st_mode)
             if state is not None:
                 own = {n: p for n, p in model.named_parameters() if p.requires_grad}
                 trained = {n: tensors.get(n, p).detach().cpu() for n, p in own.items()}

@@ -13,7 +13,8 @@ from typing import Any
 from schemas.config import load_config
 from schemas.errors import UserError
 from training.recipe import Recipe
-from training.selection import COMBINED, Selection
+from training.selection import COMBINED, INLINE_SCORES, Selection
+from training.selection import SCORES as TRAIN_SCORES
 
 SILENT_S = 600.0
 """Seconds without a line in its log after which an unfinished run is no longer taken to be running."""
@@ -26,6 +27,7 @@ SCORES = {
     "val/dst_state_joint": "joint",
     "val/dst_state_joint_near_transition": "joint near",
     "val/loss_response": "words loss",
+    "val/matched_f1": "matched",  # inline speech only, where a validation runs free
 }
 """The validation scores that are shown, and what the table calls them."""
 
@@ -113,7 +115,8 @@ def _read(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise UserError(f"it has no {name}")
     recipe = load_config(Recipe, folder / "recipe.yaml")
-    log, selection = folder / "log.jsonl", Selection(recipe.tasks.active)
+    measured = TRAIN_SCORES if recipe.data.speech == "branch" else INLINE_SCORES
+    log, selection = folder / "log.jsonl", Selection(recipe.tasks.active, measured)
     best: dict[str, float] = {}
     frozen: set[str] = set()
     last = 0

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from pipeline.shards import ShardCache
+from pipeline.vision import vision_sha256
 from schemas.checkpoints import checkpoint_folder
 from schemas.config import load_config
 from schemas.errors import UserError
@@ -65,6 +66,11 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
         raise UserError(
             f"{cache.folder} holds features of width {fingerprint.dim}, the model {name} has {width}; "
             "set model.init to the checkpoint the cache was made with"
+        )
+    if vision_sha256(folder) not in (None, fingerprint.vision_sha256):
+        raise UserError(
+            f"{cache.folder} was made with another vision tower than that of {name}; set model.init to the checkpoint "
+            "the cache was made with, or one without a vision tower"
         )
     identity = recipe.model.visual_adapter == "identity"
     changes = {

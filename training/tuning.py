@@ -46,7 +46,8 @@ def merged_state(model: DSTSmolVLM) -> dict[str, torch.Tensor]:
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     for name, module in adapted.items():
         base = state.pop(f"{name}.base_layer.weight")
-        state[f"{name}.weight"] = base + module.get_delta_weight("default").to(base.dtype)
+        # one at a time goes to the CPU: all merged ones would take the room of another model
+        state[f"{name}.weight"] = (base + module.get_delta_weight("default").to(base.dtype)).cpu()
         bias = state.pop(f"{name}.base_layer.bias", None)
         if bias is not None:
             state[f"{name}.bias"] = bias
