@@ -400,7 +400,9 @@ def verify(
 
 @app.command()
 def train(
-    shards: Annotated[str, typer.Option(help="The feature cache: a folder or an address.")] = "out/shards",
+    shards: Annotated[
+        str | None, typer.Option(help="The feature cache: a folder or an address. Default: out/shards.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="A packaged recipe (tiny, ...; an unknown name lists them) or a YAML file."),
@@ -425,11 +427,16 @@ def train(
     from training.recipe import load_recipe
 
     out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
-    settings = load_recipe(recipe, set_ or []) if recipe or set_ or not resume else None
-    from training.trainer import Stopped, resumed_recipe
+    begun = resume and (out / "recipe.yaml").is_file()
+    base = str(out / "recipe.yaml") if begun and recipe is None else recipe
+    settings = load_recipe(base, set_ or [])
+    if begun:
+        shards = shards or json.loads((out / "run.json").read_text(encoding="utf-8"))["shards"]
+    from training.trainer import Stopped, require_same_recipe
     from training.trainer import train as run
 
-    settings = (resumed_recipe(out, settings) if resume else None) or settings or load_recipe(None, [])
+    if begun:
+        require_same_recipe(out, settings)
     chosen = choose_device(gpu, device)
     # torchrun starts this command once a GPU; one of them speaks
     is_main = os.environ.get("RANK", "0") == "0"
@@ -448,7 +455,14 @@ def train(
 
         try:
             best = run(
-                shards, settings, out, device=chosen, resume=resume, on_start=on_start, on_step=on_step
+                shards or "out/shards",
+                settings,
+                out,
+                device=chosen,
+                resume=resume,
+                on_start=on_start,
+                on_step=on_step,
+                say=bar.say,
             )
         except Stopped as stop:
             bar.say(f"stopped after step {stop.step}, which is saved; go on with --resume")
@@ -490,7 +504,7 @@ def evaluate(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
     shards: Annotated[str | None, typer.Option(help="The cache. Default: the one it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="best or latest.")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="best, latest or best_TASK.")] = "best",
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:

@@ -487,6 +487,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of cached, tower, decoding")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in the precision it trains in")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be 2 or more: the first one warms up")
     precision = torch.bfloat16 if CUDA and torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     with tempfile.TemporaryDirectory() as name:
         made = make(Path(name), arguments.preset, arguments.sessions)

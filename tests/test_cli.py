@@ -229,7 +229,7 @@ def test_a_cache_without_a_validation_part(labels: Path, tiny_model: Path, tmp_p
 
 
 def test_a_run_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints/latest").mkdir(parents=True)
     (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n')
     fixed = ("train", "--shards", shards, "--recipe", "tiny", "--out", tmp_path / "run", "--device", "cpu")
     line = mistake(*fixed)

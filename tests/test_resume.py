@@ -33,13 +33,14 @@ from typer.testing import CliRunner
 
 import training.trainer
 from cli import app
+from pipeline.locks import folder_lock
 from pipeline.shards import ShardCache
 from schemas.errors import UserError
 from training.data import SessionData
 from training.model import load_trained
 from training.recipe import Recipe
 from training.stop import SAME_REQUEST_S, SIGNALS, StopRequest, children_that_stay
-from training.trainer import Stopped, resumed_recipe, train
+from training.trainer import Stopped, require_same_recipe, train
 
 LORA = ("model.tune=lora", "model.lora.rank=4", "model.lora.dropout=0.2")
 
@@ -243,14 +244,52 @@ def stopped(shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_it_goes_on_with_its_own_recipe_and_cache(
+    shards: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where out/shards is nothing
+    command = ["train", "--out", str(stopped), "--resume", "--device", "cpu"]
+    refused = CliRunner().invoke(app, [*command, "--set", "train.lr=0.1"])
+    assert "another recipe (train.lr=0.002, not 0.1)" in " ".join(refused.output.split())
+    done = CliRunner().invoke(app, [*command, "--set", "data.rows_at_once=1"])
+    assert done.exit_code == 0, done.output
+    assert len(rows_of(stopped)) == 12
+
+
+def test_only_one_process_writes_a_run(shards: Path, stopped: Path) -> None:
+    before = left_by(stopped)
+    with (
+        folder_lock(stopped, 0, 1, print),
+        pytest.raises(UserError, match=f"another run is writing {stopped}"),
+    ):
+        train(shards, small(), stopped, device="cpu", resume=True)
+    assert left_by(stopped) == before
+
+
+def test_what_is_left_of_a_run_is_not_trained_over(shards: Path, stopped: Path) -> None:
+    log = (stopped / "log.jsonl").read_bytes()
+    (stopped / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="lacks some of the 1 steps that are saved; put it back"):
+        train(shards, small(), stopped, device="cpu", resume=True)
+    (stopped / "log.jsonl").write_bytes(log)
+    (stopped / "checkpoints/latest").rename(stopped / "checkpoints/best")
+    before = left_by(stopped)
+    for resume in (True, False):
+        with pytest.raises(
+            UserError, match="has checkpoints but no latest" if resume else "holds a run already"
+        ):
+            train(shards, small(), stopped, device="cpu", resume=resume)
+    assert left_by(stopped) == before
+
+
 def test_resume_with_another_recipe_or_other_data_is_refused(
     shards: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"another recipe \(train.lr=0.002, not 0.1\)"):
-        resumed_recipe(stopped, small("train.lr=0.1"))
-    assert resumed_recipe(stopped, small()) == resumed_recipe(stopped, None) == small()
+        require_same_recipe(stopped, small("train.lr=0.1"))
+    require_same_recipe(stopped, small())
     other_machine = small("data.workers=3", "data.rows_at_once=1", "train.trackers=[tensorboard]")
-    assert resumed_recipe(stopped, other_machine) == other_machine
+    require_same_recipe(stopped, other_machine)
     result = CliRunner().invoke(
         app,
         [

@@ -50,6 +50,9 @@ def evaluate(
     recipe = load_recipe(str(run / "recipe.yaml"), [])
     cache = ShardCache(shards)
     folder = run / "checkpoints" / checkpoint
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))) or "none yet"
+        raise UserError(f"{run} has no checkpoint {checkpoint!r} (there are: {there})")
     model = load_trained(folder).to(device)
     config = model.config
     cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tick_hz)

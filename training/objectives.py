@@ -51,8 +51,11 @@ class Objective(ABC):
         self.wrapped: Any
         self.spare: DSTSmolVLM | None = None
         if recipe.train.shard:
-            self.spare = copy.deepcopy(model)
-            self.spare.config = model.config  # which holds the thresholds
+            settings = (
+                model.config,
+                model.config.text_config,
+            )  # thresholds, and which attention: shared by both
+            self.spare = copy.deepcopy(model, {id(each): each for each in settings})
             self.wrapped = self.model = model.to(accelerator.device)
             shard(model, accelerator.device, accelerator.num_processes)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -92,6 +92,7 @@ class TaskOptimizer(Strict):
 class TaskSettings(Strict):
     """One head: its loss, how it is optimised, what its best checkpoint is."""
 
+    classes: ClassVar[int]
     loss: LossName = "cross_entropy"
     weight: float = Field(1.0, ge=0)  # in the sum; 0 leaves the task out
     gamma: float = Field(2.0, ge=0)  # focal only
@@ -106,12 +107,15 @@ class TaskSettings(Strict):
     def _alpha_is_for_focal(self) -> TaskSettings:
         if self.alpha is not None and self.loss != "focal":
             raise ValueError(f"alpha belongs to the focal loss, not to {self.loss}")
+        if self.alpha is not None and (len(self.alpha) != self.classes or min(self.alpha) < 0):
+            raise ValueError(f"alpha must be {self.classes} numbers of 0 or more, one a class")
         return self
 
 
 class DecisionTask(TaskSettings):
     """Whether something happens at a tick: of real ones, 3 to 6 in a hundred."""
 
+    classes = 2
     loss: LossName = "balanced"  # its threshold is flat, so that it travels well from val to test
     silence_ratio: Share = 1.0  # share of ticks without the event that the loss looks at, others each epoch
 
@@ -125,10 +129,12 @@ class UpdateTask(DecisionTask):
 
 
 class ResponseTask(TaskSettings):
+    classes = 0  # words are as many as the checkpoint has: none has a weight of its own
     metric: str = "val/loss_response"
 
 
 class StateTask(TaskSettings):
+    classes = 3
     metric: str = "val/dst_state_joint_near_transition"
     near_weight: Rate = 1.0  # of labels within two ticks of a transition; the others weigh 1
 
@@ -206,6 +212,23 @@ class Recipe(Strict):
             raise ValueError(
                 "train.shard needs objective joint, model.tune full and probe_every 0: a task's own gradient, and "
                 "low-rank adapters, need the whole model"
+            )
+        if (
+            self.model.tune == "heads"
+            and self.model.visual_adapter == "identity"
+            and self.tasks.response.weight
+        ):
+            raise ValueError(
+                "tune heads with visual_adapter identity leaves response nothing to train: weight it 0"
+            )
+        several = (
+            self.train.objective == "pcgrad"
+            or self.train.strategy == "shared_forward"
+            or self.train.probe_every
+        )
+        if self.train.compile and several:
+            raise ValueError(
+                "train.compile is for one gradient a pass: not pcgrad, shared_forward, or probe_every"
             )
         own = [name for name, task in self.tasks.active.items() if task.optimizer != TaskOptimizer()]
         if own and self.train.objective != "independent":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +30,14 @@ class RunLog:
     def open(self, step: int) -> None:
         """Begin, or go on after so many steps: what a run that was killed wrote of later ones goes away."""
         if step:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            lines = text.splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
             self.rows = [row for row in map(json.loads, whole) if row["step"] <= step]
+            if [row["step"] for row in self.rows] != list(range(1, step + 1)):
+                raise UserError(
+                    f"{self.path} lacks some of the {step} steps that are saved; put it back, or start a new run"
+                )
         if self._accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._file = self.path.open("a", encoding="utf-8")
@@ -59,6 +65,11 @@ class RunLog:
             self._accelerator.log(
                 {key: value for key, value in row.items() if key != "step"}, step=int(row["step"])
             )
+
+    def sync(self) -> None:
+        """What was added outlives a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def clip_share(self, row: Row) -> float:
         """Share of the steps since the last validation whose gradient was clipped, ``row``'s among them."""

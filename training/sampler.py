@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from schemas.errors import UserError
 from training.batch import Batch, Example, collate, pack
 from training.data import SessionData, example_of, window_starts
 from training.losses import IGNORE
@@ -55,7 +56,7 @@ class _Planned(NamedTuple):
     window: Window
 
 
-class TrainingSteps(IterableDataset[Step]):
+class TrainingSteps(IterableDataset[Step | UserError]):
     """All steps from a position on, without end, as one rank sees them.
 
     An epoch cuts each session at another phase and covers each of its ticks once. Rows of like length make a step, so
@@ -77,7 +78,14 @@ class TrainingSteps(IterableDataset[Step]):
         self.sessions, self.builder, self.recipe = sessions, builder, recipe
         self.start, self.rank, self.ranks = start, rank, ranks
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Step | UserError]:
+        """A user's mistake comes as an item: raised in a reader's process, it would arrive as a page of traceback."""
+        try:
+            yield from self._steps()
+        except UserError as error:
+            yield error
+
+    def _steps(self) -> Iterator[Step]:
         worker = get_worker_info()
         own, of = (worker.id, worker.num_workers) if worker else (0, 1)
         number = 0
@@ -159,8 +167,10 @@ class TrainingSteps(IterableDataset[Step]):
         return replace(example, window=window, speaking=speaking, dst_update=update)
 
 
-def training_loader(steps: TrainingSteps) -> DataLoader[Step]:
+def training_loader(steps: TrainingSteps) -> DataLoader[Step | UserError]:
     """The steps as they are read ahead by the recipe's worker processes."""
+    # else each tensor on its way takes a file descriptor, of which most systems give a process 1024
+    torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(steps, batch_size=None, num_workers=steps.recipe.data.workers)
 
 

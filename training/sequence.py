@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
+from schemas.states import COMPLETED
 from training.losses import IGNORE
 
 ROLE = "You are a proactive assistant."
@@ -128,11 +129,14 @@ class SequenceBuilder:
         return before.rstrip(" "), after
 
     def shown_steps(self, state: NDArray[np.int8]) -> NDArray[np.int64]:
-        """Indices of the steps a plan shows: all, or ``max_plan_steps`` of them around the current position."""
+        """Indices of the steps a plan shows: all, or ``max_plan_steps`` of them around the current position.
+
+        That is the number of completed steps: one step that was left out, or a wrong state, moves it by one, no more.
+        """
         count = len(state)
         if count <= self.max_plan_steps:
             return np.arange(count)
-        current = int(np.argmax(state < 2)) if (state < 2).any() else count - 1
+        current = min(int((state == COMPLETED).sum()), count - 1)
         start = min(max(0, current - self.max_plan_steps // 4), count - self.max_plan_steps)
         return np.arange(start, start + self.max_plan_steps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+from pipeline.copies import is_remote, local_path
+from pipeline.locks import folder_lock
 from pipeline.shards import ShardCache
 from pipeline.vision import vision_sha256
 from schemas.checkpoints import checkpoint_folder
@@ -33,7 +36,7 @@ from training.sharding import gathered, whole
 from training.stop import StopRequest, children_that_stay
 from training.tasks import Counts, count_labels, summed
 from training.tuning import choose_trained, merged_state
-from training.validation import validate
+from training.validation import require_events, validate
 
 Row = dict[str, float]
 
@@ -73,7 +76,7 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
             "the cache was made with, or one without a vision tower"
         )
     identity = recipe.model.visual_adapter == "identity"
-    changes = {
+    changes: dict[str, Any] = {
         "visual_adapter": recipe.model.visual_adapter,
         "cached_tokens": fingerprint.tokens_per_frame,
         "visual_tokens": fingerprint.tokens_per_frame if identity else recipe.model.visual_tokens,
@@ -84,6 +87,12 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
         "speech": recipe.data.speech,
         "speak_by": recipe.data.speak_by,
     }
+    ticks = recipe.data.window_ticks * int(changes["visual_tokens"])
+    if ticks >= recipe.data.max_seq_len:
+        raise UserError(
+            f"the ticks of a window alone are {ticks} tokens, and data.max_seq_len is {recipe.data.max_seq_len}; make "
+            "data.window_ticks less, or max_seq_len more"
+        )
     model = from_backbone(folder, changes, recipe.train.seed)
     builder = SequenceBuilder.of(folder, model.config)
     model.config.end_of_turn_token = builder.end_of_utterance
@@ -100,35 +109,69 @@ def train(
     resume: bool = False,
     on_start: Callable[[int], None] = lambda step: None,
     on_step: Callable[[Row], None] = lambda row: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Row:
     """Train a model. ``out`` gets recipe.yaml, run.json, log.jsonl, curves.png and checkpoints.
 
     Args:
         resume: go on from ``checkpoints/latest``, where there is one.
         on_start: called with the number of steps that are done already.
+        say: told in one sentence what the user should know besides.
 
     Returns:
         The row of the log that belongs to the best checkpoint.
 
     Raises:
-        UserError: the run's folder is in use or of another recipe, the cache has no train or val part, a loss is not a
-            number, or no room to save.
+        UserError: the folder holds a run that is not to be resumed, cannot be, is of other data, or is being written by
+            another process; the cache has no train or val part; a loss is not a number; no room to save.
         Stopped: SIGTERM or Ctrl-C came; the run is saved and can be resumed.
     """
     accelerator = _accelerator(recipe, device, out)
     latest = out / "checkpoints" / "latest"
-    if not resume and (out / "log.jsonl").exists():
+    if not resume and (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run already; go on with --resume, give another --out, or remove it")
     cache = ShardCache(shards)
     training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
     model, builder = build(recipe, cache)
-    resume = resume and latest.is_dir()
-    state = load_state(model, latest) if resume else None
     data_key = _data_key(training + validation)
-    if state is not None and state["data_key"] != data_key:
-        raise UserError(
-            f"the sessions in {shards} are not those that {out} was started with; start a new run"
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(folder_lock(out, 0, 1, say))
+        accelerator.wait_for_everyone()
+        state = load_state(model, latest) if resume and latest.is_dir() else None
+        if state is not None and state["data_key"] != data_key:
+            raise UserError(
+                f"the sessions in {shards} are not those that {out} was started with; start a new run"
+            )
+        require_events(validation)
+        if state is None and (out / "checkpoints").is_dir():
+            raise UserError(
+                f"{out} has checkpoints but no {latest.name}, so it cannot be resumed; give another --out"
+            )
+        run = _begin(
+            accelerator, model, builder, recipe, device, training, validation, data_key, out, on_step
         )
+        if state is not None:
+            run.load_state(state)
+        else:
+            run.start(shards)
+        on_start(run.step)
+        return run.go()
+
+
+def _begin(
+    accelerator: Accelerator,
+    model: DSTSmolVLM,
+    builder: SequenceBuilder,
+    recipe: Recipe,
+    device: str,
+    training: list[SessionData],
+    validation: list[SessionData],
+    data_key: str,
+    out: Path,
+    on_step: Callable[[Row], None],
+) -> _Run:
+    """The model as it is to be trained, and the objective that trains it."""
     if device != "cpu":
         model.config.text_config._attn_implementation = "flex_attention"
     if recipe.train.gradient_checkpointing:
@@ -136,13 +179,7 @@ def train(
     if recipe.train.compile:
         model.model.text_model.compile()
     objective = OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
-    run = _Run(accelerator, objective, builder, recipe, training, validation, data_key, out, on_step)
-    if state is not None:
-        run.load_state(state)
-    else:
-        run.start(str(shards))
-    on_start(run.step)
-    return run.go()
+    return _Run(accelerator, objective, builder, recipe, training, validation, data_key, out, on_step)
 
 
 class _Run:
@@ -170,13 +207,14 @@ class _Run:
         )
         self.log = RunLog(out, accelerator)
 
-    def start(self, shards: str) -> None:
+    def start(self, shards: str | Path) -> None:
         """A new run's folder."""
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
             write_text(self.out / "recipe.yaml", settings)
-            write_text(self.out / "run.json", json.dumps({"shards": shards}) + "\n")
+            where = str(shards) if is_remote(str(shards)) else str(local_path(str(shards)).resolve())
+            write_text(self.out / "run.json", json.dumps({"shards": where}) + "\n")
         self.log.open(0)
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -231,7 +269,10 @@ class _Run:
         steps = TrainingSteps(self.training, self.builder, self.recipe, self.position, rank, ranks)
         with children_that_stay():
             loaded = iter(training_loader(steps))
-        yield from loaded
+        for step in loaded:
+            if isinstance(step, UserError):
+                raise step
+            yield step
 
     def _take(self, step: Step, device: torch.device) -> Row:
         """One step of the optimizers; what the log says of it."""
@@ -262,6 +303,7 @@ class _Run:
             frozen |= self.selection.out_of_patience()
 
     def _save(self, name: str, state: dict[str, Any] | None = None) -> None:
+        self.log.sync()  # a checkpoint knows of no step that the log may still lose
         tensors = gathered(merged_state(self.model))
         if self.accelerator.is_main_process:
             save_model(self.model, self.builder, self.out / "checkpoints" / name, state, tensors)
@@ -275,32 +317,26 @@ class _Run:
         return int(self.accelerator.gather(told).max())
 
 
-def resumed_recipe(out: Path, given: Recipe | None) -> Recipe | None:
-    """The recipe to go on with: the one a run was started with, None where there is no run.
+def require_same_recipe(out: Path, given: Recipe) -> None:
+    """Refuse to resume a run with another recipe than it was started with, once something of it is saved.
 
-    Args:
-        given: the one the user asks for now; None asks for none. What a machine has to do with (worker processes, rows
-            at once, trackers) may be otherwise in it.
+    What a machine has to do with (worker processes, rows at once, trackers) may be otherwise.
 
     Raises:
         UserError: they differ.
     """
-    path = out / "recipe.yaml"
-    if not path.is_file():
-        return None
-    saved = load_config(Recipe, path, [])
-    if given is None:
-        return saved
+    saved = load_config(Recipe, out / "recipe.yaml", [])
     machine = {
         "data": saved.data.model_copy(update=given.data.model_dump(include={"workers", "rows_at_once"})),
         "train": saved.train.model_copy(update=given.train.model_dump(include={"trackers"})),
     }
-    if given != saved.model_copy(update=machine):
+    saved = saved.model_copy(update=machine)
+    if (out / "checkpoints").is_dir() and given != saved:
         different = _differences(saved.model_dump(), given.model_dump())
         raise UserError(
-            f"{out} was started with another recipe ({different}); resume it with --out {out} alone, or start a new run"
+            f"{out} was started with another recipe ({different}); resume it with --resume --out {out} alone, or "
+            "start a new run"
         )
-    return given
 
 
 def _accelerator(recipe: Recipe, device: str, out: Path) -> Accelerator:

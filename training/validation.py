@@ -31,8 +31,8 @@ def validate(
     words tell the state, so the model runs free, and its words are scored, too. Each process takes its share of the
     sessions, and all get the same scores.
 
-    Raises:
-        UserError: nothing happens in the validation part, so that no threshold can be chosen.
+    Args:
+        sessions: such as `require_events` lets pass.
     """
     own = list(range(accelerator.process_index, len(sessions), accelerator.num_processes))
     decisions, loss, words = decide_teacher(model, builder, [sessions[index] for index in own])
@@ -55,6 +55,17 @@ def validate(
     model.config.speaking_threshold = thresholds.speaking
     model.config.dst_update_threshold = thresholds.dst_update
     return row | {"val/loss_response": sum(s for s, _ in sums) / max(1, sum(n for _, n in sums))}
+
+
+def require_events(sessions: Sequence[SessionData]) -> None:
+    """Refuse a validation part on which no threshold can be chosen.
+
+    Raises:
+        UserError: nobody ever speaks there, or no state ever changes.
+    """
+    for name, column in (("speaking", "speak"), ("dst_update", "dst_update")):
+        if not any(getattr(session.truth, column).any() for session in sessions):
+            raise UserError(f"the val part has no tick for {name}; a threshold cannot be chosen on it")
 
 
 def _run_free(
@@ -90,9 +101,6 @@ def _best_thresholds(
     dst_update: NDArray[np.float32],
 ) -> Thresholds:
     """Those with the best F1 per tick, of truths and scores ``[N]``."""
-    for name, truth in (("speaking", speaks), ("dst_update", updates)):
-        if not truth.any():
-            raise UserError(f"the val part has no tick for {name}; a threshold cannot be chosen on it")
     return Thresholds(best_threshold(speaking, speaks)[0], best_threshold(dst_update, updates)[0])
 
 
