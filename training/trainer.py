@@ -134,6 +134,7 @@ def train(
     training, validation = (load_sessions(cache, split, recipe.data.blind) for split in ("train", "val"))
     model, builder = build(recipe, cache)
     data_key = _data_key(training + validation)
+    selection = Selection(recipe.tasks.active, SCORES if recipe.data.speech == "branch" else INLINE_SCORES)
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(folder_lock(out, 0, 1, say))
@@ -149,7 +150,17 @@ def train(
                 f"{out} has checkpoints but no {latest.name}, so it cannot be resumed; give another --out"
             )
         run = _begin(
-            accelerator, model, builder, recipe, device, training, validation, data_key, out, on_step
+            accelerator,
+            model,
+            builder,
+            recipe,
+            device,
+            training,
+            validation,
+            data_key,
+            selection,
+            out,
+            on_step,
         )
         if state is not None:
             run.load_state(state)
@@ -168,6 +179,7 @@ def _begin(
     training: list[SessionData],
     validation: list[SessionData],
     data_key: str,
+    selection: Selection,
     out: Path,
     on_step: Callable[[Row], None],
 ) -> _Run:
@@ -179,7 +191,9 @@ def _begin(
     if recipe.train.compile:
         model.model.text_model.compile()
     objective = OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
-    return _Run(accelerator, objective, builder, recipe, training, validation, data_key, out, on_step)
+    return _Run(
+        accelerator, objective, builder, recipe, training, validation, data_key, selection, out, on_step
+    )
 
 
 class _Run:
@@ -194,6 +208,7 @@ class _Run:
         training: list[SessionData],
         validation: list[SessionData],
         data_key: str,
+        selection: Selection,
         out: Path,
         on_step: Callable[[Row], None],
     ) -> None:
@@ -202,9 +217,7 @@ class _Run:
         self.out, self.on_step = out, on_step
         self.model = objective.model
         self.step, self.position = 0, Position()
-        self.selection = Selection(
-            objective.tasks, SCORES if recipe.data.speech == "branch" else INLINE_SCORES
-        )
+        self.selection = selection
         self.log = RunLog(out, accelerator)
 
     def start(self, shards: str | Path) -> None:
