@@ -149,18 +149,9 @@ def train(
             raise UserError(
                 f"{out} has checkpoints but no {latest.name}, so it cannot be resumed; give another --out"
             )
-        run = _begin(
-            accelerator,
-            model,
-            builder,
-            recipe,
-            device,
-            training,
-            validation,
-            data_key,
-            selection,
-            out,
-            on_step,
+        objective = _objective(accelerator, model, recipe, device)
+        run = _Run(
+            accelerator, objective, builder, recipe, training, validation, data_key, selection, out, on_step
         )
         if state is not None:
             run.load_state(state)
@@ -170,19 +161,7 @@ def train(
         return run.go()
 
 
-def _begin(
-    accelerator: Accelerator,
-    model: DSTSmolVLM,
-    builder: SequenceBuilder,
-    recipe: Recipe,
-    device: str,
-    training: list[SessionData],
-    validation: list[SessionData],
-    data_key: str,
-    selection: Selection,
-    out: Path,
-    on_step: Callable[[Row], None],
-) -> _Run:
+def _objective(accelerator: Accelerator, model: DSTSmolVLM, recipe: Recipe, device: str) -> Objective:
     """The model as it is to be trained, and the objective that trains it."""
     if device != "cpu":
         model.config.text_config._attn_implementation = "flex_attention"
@@ -190,10 +169,7 @@ def _begin(
         model.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.train.compile:
         model.model.text_model.compile()
-    objective = OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
-    return _Run(
-        accelerator, objective, builder, recipe, training, validation, data_key, selection, out, on_step
-    )
+    return OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
 
 
 class _Run:
