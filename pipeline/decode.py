@@ -22,7 +22,7 @@ from schemas.records import video_files
 if TYPE_CHECKING:
     import av
 
-__all__ = ["GRACE", "DecodeError", "TickFrame", "probe_duration", "tick_frames"]
+__all__ = ["GRACE", "DecodeError", "TickFrame", "probe_duration", "tick_frames", "upright"]
 
 GRACE = Fraction(1, 1000)
 """Seconds a frame may come after its tick and still be its frame: containers round times to a millisecond."""
@@ -87,7 +87,7 @@ def tick_frames(
             if damage is not None and on_damage is not None:
                 on_damage(damage[0], tick, damage[1])
                 damage = None
-            yield TickFrame(tick, float(moment.at), _upright(moment.path, moment.frame, rotation_deg))
+            yield TickFrame(tick, float(moment.at), upright(moment.frame, rotation_deg))
             readable = True
     except DecodeError as error:
         if on_damage is None or not readable:
@@ -261,7 +261,7 @@ def _duration(shown: Shown, stream: av.VideoStream, time_base: Fraction) -> Frac
     return 1 / Fraction(rate) if rate else Fraction(0)
 
 
-def _upright(path: Path, frame: av.VideoFrame, rotation_deg: int) -> NDArray[np.uint8]:
+def upright(frame: av.VideoFrame, rotation_deg: int) -> NDArray[np.uint8]:
     """RGB, as the file's display matrix asks, and then turned counter-clockwise as the corpus asks.
 
     The matrix puts a picture's (x, y) at (a x + c y, b x + d y); y points down.
