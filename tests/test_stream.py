@@ -1,0 +1,266 @@
+"""`dst stream` as a user meets it: a video in; events, a recording, and sentences about what is wrong out."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli import app
+from pipeline.decode import tick_frames
+from pipeline.shards import ShardCache
+from schemas.clock import Clock
+from schemas.errors import UserError
+from schemas.task import Task, read_task
+from training.assistant import Assistant, Event
+from training.board import Board
+from training.recording import HEIGHT, PANEL, recording
+from training.stream import read_words
+
+PLAN = "goal: Assemble the toy\nsteps:\n- attach the wheel\n- attach the roof\n"
+
+
+@pytest.fixture(scope="module")
+def video(shards: Path) -> Path:
+    cache = ShardCache(shards)
+    return Path(cache.session(next(iter(cache.session_ids))).meta["uri"])
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def talking(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It updates at any tick and speaks as often as its gap lets it."""
+    run = shutil.copytree(short_run, tmp_path_factory.mktemp("runs") / "talking")
+    config = run / "checkpoints/best/config.json"
+    often = {"speaking_threshold": 0.0, "dst_update_threshold": 0.0, "min_gap_ticks": 25}
+    config.write_text(json.dumps(json.loads(config.read_text()) | often))
+    return run
+
+
+def dst(run: Path, video: Path | str, plan: Path, *more: str) -> Result:
+    arguments = ["stream", "--run", str(run), "--video", str(video), "--plan", str(plan), "--device", "cpu"]
+    return CliRunner().invoke(app, [*arguments, *more])
+
+
+def rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_events_are_those_of_the_assistant(talking: Path, video: Path, plan: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("0.9 hello\n\n3 what comes next?\n")
+    record = tmp_path / "seen/it.mp4"
+    more = ("--words", str(words), "--events", str(tmp_path / "events.jsonl"), "--record", str(record))
+    result = dst(talking, video, plan, *more)
+    assert result.exit_code == 0, result.output
+    assistant = Assistant.load(talking, Task("Assemble the toy", ("attach the wheel", "attach the roof")))
+    assistant.hear("hello", 0.9)
+    assistant.hear("what comes next?", 3.0)
+    expected, ticks = [], 0
+    for frame in tick_frames(video, Clock(2.0)):
+        expected += [event.row() for event in assistant.step(frame.image, frame.tick / 2)]
+        ticks += 1
+    assert rows(result.stdout) == expected == rows((tmp_path / "events.jsonl").read_text())
+    assert {"speak", "state", "user", "window"} <= {row["kind"] for row in expected}
+    assert [(row["tick"], row["text"]) for row in expected if row["kind"] == "user"] == [
+        (2, "hello"),
+        (6, "what comes next?"),
+    ]
+    with av.open(str(record)) as film:
+        stream = film.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+        assert (stream.average_rate, len(frames)) == (2, ticks)
+    assert "the stream ended at" in result.stderr
+    assert f"{sum(row['kind'] == 'speak' for row in expected)} speak" in result.stderr
+
+
+def test_a_recording_shows_picture_and_state_at_their_ticks(tmp_path: Path) -> None:
+    board = Board(Task("goal", ("one", "two")))
+    colours = [(200, 30, 30), (30, 30, 200), (30, 160, 30)]
+    with recording(tmp_path / "film.mp4", 2.0) as recorder:
+        for tick, colour in enumerate(colours):
+            board.take(
+                tick / 2, [Event("state", tick, tick / 2, step=0, state="in_progress")] if tick else []
+            )
+            recorder.take(np.full((90, 120, 3), colour, dtype=np.uint8), board)
+        board.take(2.0, [Event("gap", 3, 1.5, text="no picture for 1 s", end_tick=5)])
+        recorder.take(None, board, 2)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
+    assert len(frames) == 5
+    assert frames[0].shape == (HEIGHT, 640 + PANEL, 3)
+    for frame, colour in zip(frames, [*colours, (10, 53, 10), (10, 53, 10)], strict=True):
+        assert np.abs(frame[100:380, 100:540].mean(axis=(0, 1)) - colour).max() < 12
+    panels = [frame[:, 640:] for frame in frames]
+    orange = [int(((panel[..., 0] > 180) & (panel[..., 2] < 90)).sum()) for panel in panels]
+    assert orange[0] == 0 < orange[1]  # the step in progress, and later the words about the picture
+    assert orange[3] > orange[2]
+
+
+def test_an_interrupted_recording_is_kept(tmp_path: Path) -> None:
+    board = Board(Task("goal", ("one",)))
+
+    def interrupted() -> None:
+        with recording(tmp_path / "film.mp4", 2.0) as recorder:
+            for _ in range(3):
+                recorder.take(np.zeros((64, 64, 3), dtype=np.uint8), board)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_a_video_that_ends_early_is_seen_to_there(
+    talking: Path, video: Path, plan: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.ts"
+    with av.open(str(video)) as source, av.open(str(cut), "w", format="mpegts") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2 + 77])
+    result = dst(talking, cut, plan)
+    assert result.exit_code == 0, result.output
+    gaps = [row for row in rows(result.stdout) if row["kind"] == "gap"]
+    assert len(gaps) == 1
+    assert "gap" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("goal: Make tea\nsteps: []\n", "it has no steps"),
+        ("goal: Make tea\nsteps:\n", "it has no steps"),
+        ("goal: Make tea\nsteps: [boil, pour, boil]\n", "two steps are named 'boil'"),
+        ("goal: ''\nsteps: [boil]\n", "it has no goal"),
+        ("goal: Make tea\nsteps: [boil, ' ']\n", "a step has no name"),
+        ("steps: [boil]\n", "must hold goal and steps"),
+        ("goal: Make tea\nsteps: {a: 1}\n", "steps a list of texts"),
+        ("goal: Make tea\nsteps: [1, 2]\n", "steps a list of texts"),
+        ("goal: [Make tea\n", "is not YAML"),
+        ("- boil\n", "must hold goal and steps"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as told:
+        read_task(path)
+    assert str(path) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_wrong_is_told_in_a_sentence(
+    short_run: Path, video: Path, plan: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "words.txt").write_text("3 hello\nlater: what?\n")
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    bare = shutil.copytree(short_run, tmp_path / "bare")
+    config = bare / "checkpoints/best/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"speaking_threshold": None}))
+    cases: list[tuple[Sequence[Any], str]] = [
+        ((short_run, tmp_path / "none.mp4", plan), "none.mp4 is not there"),
+        ((short_run, tmp_path / "noise.mp4", plan), "cannot be opened as a video"),
+        ((short_run, video, tmp_path / "none.yaml"), "none.yaml cannot be read"),
+        ((tmp_path, video, plan), "is not a run"),
+        ((short_run, video, plan, "--checkpoint", "bset"), "has no checkpoint 'bset'"),
+        ((short_run, video, plan, "--words", str(tmp_path / "words.txt")), "line 2 is not seconds and words"),
+        ((short_run, video, plan, "--record", str(plan / "film.mp4")), "plan.yaml: File exists"),
+        ((short_run, video, plan, "--events", str(plan / "e.jsonl")), "e.jsonl cannot be written"),
+        ((bare, video, plan), "has no thresholds"),
+    ]
+    for arguments, said in cases:
+        result = dst(*arguments)
+        assert result.exit_code == 2, (said, result.output)
+        assert said in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_words_with_times(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("0 hello\n  12.5   what comes   next? \n7. ok\n")
+    assert read_words(path) == [(0.0, "hello"), (12.5, "what comes   next?"), (7.0, "ok")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_keeps_what_was_seen(
+    talking: Path, video: Path, plan: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    record = tmp_path / "film.mp4"
+    arguments = ["stream", "--run", talking, "--video", video, "--plan", plan, "--record", record]
+    code = "from cli import app; app()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    while json.loads(process.stdout.readline())["tick"] < 3:
+        pass
+    process.send_signal(how)
+    told, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + how
+    assert all(json.loads(line) for line in told.splitlines())
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-2].startswith("seen up to 0:")
+    assert errors.strip().splitlines()[-1] == "stopped"
+    with av.open(str(record)) as film:
+        assert sum(1 for _ in film.decode(video=0)) >= 3
+
+
+def test_on_a_terminal_it_shows_the_plan_and_hears_what_is_typed(
+    short_run: Path, video: Path, plan: Path, tmp_path: Path
+) -> None:
+    events = tmp_path / "events.jsonl"
+    arguments = ["stream", "--run", short_run, "--video", video, "--plan", plan, "--events", events]
+    pid, terminal = pty.fork()
+    if pid == 0:  # the child, whose terminal it is
+        os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+        code = "from cli import app; app()"
+        os.execv(sys.executable, [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"])
+    shown, until, typed = b"", time.monotonic() + 90, False
+    while time.monotonic() < until:
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # it has ended
+                break
+        if not typed and b"you:" in shown:
+            os.write(terminal, "what noww\x7f, grüße?\r".encode())
+            typed = True
+    _, status = os.waitpid(pid, 0)
+    text = shown.decode(errors="replace")
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert "attach the wheel" in text
+    assert "Assemble the toy" in text
+    assert "the stream ended at" in text
+    heard = [row["text"] for row in rows(events.read_text()) if row["kind"] == "user"]
+    assert heard == ["what now, grüße?"]
