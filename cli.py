@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from csv import DictWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from pipeline.devices import choose_device, choose_devices
+from pipeline.ending import Commands, os_sentence, stop
+from pipeline.labels_terminal import echo_counts, prepare_and_tell, some_frames
 from pipeline.terminal import echo_table, progress
-from schemas.checkpoints import DEFAULT_MODEL
+from schemas.checkpoints import DEFAULT_EMBEDDING, DEFAULT_MODEL
 from schemas.errors import UserError
 from schemas.shards import ComputeType, Decoder, FeatureType, Filter, Storage
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pipeline.shards import LabelledSession
-    from training.traces import Trace
-
-
-class _Commands(TyperGroup):
-    """Prints a user's mistake as one sentence, with exit status 2; ``--debug`` shows where it was found."""
-
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            if ctx.params.get("debug"):
-                raise
-            typer.secho(f"error: {error}", fg="red", err=True)
-            ctx.exit(2)
-        except OSError as error:  # no room, no permission, a file where a folder should be
-            if ctx.params.get("debug") or error.errno in (None, errno.EPIPE):
-                raise
-            typer.secho(f"error: {_os_sentence(error)}", fg="red", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt as stop:
-            kept = "; finished shards are kept: run it again to go on"
-            typer.secho(f"stopped{kept if ctx.invoked_subcommand == 'cache-features' else ''}", err=True)
-            ctx.exit(128 + (stop.args or (signal.SIGINT,))[0])
-
-
-def _stop(number: int, frame: object) -> None:
-    """A scheduler's SIGTERM ends a command as Ctrl-C does: locks and temporary files go with it."""
-    raise KeyboardInterrupt(number)
-
-
-def _os_sentence(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; what was there before is as it was"
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,13 +35,18 @@ app = typer.Typer(
 Source = Annotated[str, typer.Option(help="The corpus.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")]
 Gpu = Annotated[int | None, typer.Option(help="Number of the GPU to use.")]
+Split = Annotated[str, typer.Option(help="train, val or test.")]
+Checkpoint = Annotated[str, typer.Option(help="best, latest or best_TASK.")]
+Embedding = Annotated[
+    str, typer.Option(help="How words are compared: a sentence model by hub name or folder, or bag-of-words.")
+]
 
 
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     # Read by transformers when it is imported; what matters is checked and said by the commands themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -103,7 +69,8 @@ def sample(
     out = out or Path("data") / source
     with progress("videos") as bar:
         write_sample(source, out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
-    typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {out}")
+    root = shlex.quote(str(out))
+    typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {root}")
 
 
 @app.command()
@@ -124,7 +91,7 @@ def sources(
             state = "there" if found.whole else "incomplete" if found.count else "missing"
             typer.echo(f"  {found.kind:12} {state:10} {found.amount():<28} {found.place}")
         if there:
-            root = data / manifest.name
+            root = shlex.quote(str(data / manifest.name))
             typer.echo(f"  next: dst prepare --source {manifest.name} --root {root}")
         typer.echo()
 
@@ -159,9 +126,10 @@ def prepare(
         raise UserError(f"--tick-hz must be above 0 and at most 1000, not {tick_hz}")
     workers = workers or os.cpu_count() or 1
     if source != "all":
-        _prepare_one(source, root or Path("data") / source, out, dialogs, tick_hz, level, view, workers)
-        typer.echo(f"labels in {out / source}; what they hold: dst inspect {out / source}")
-        typer.echo(f"next: dst cache-features --labels {out}")
+        prepare_and_tell(source, root or Path("data") / source, out, dialogs, tick_hz, level, view, workers)
+        made = shlex.quote(str(out / source))
+        typer.echo(f"labels in {out / source}; what they hold: dst inspect {made}")
+        typer.echo(f"next: dst cache-features --labels {shlex.quote(str(out))}")
         return
     from pipeline.found import find_sources
 
@@ -177,49 +145,17 @@ def prepare(
     for name in there:
         typer.secho(f"\n== {name}", bold=True)
         try:
-            _prepare_one(name, data / name, out, dialogs, tick_hz, level, view, workers)
+            prepare_and_tell(name, data / name, out, dialogs, tick_hz, level, view, workers)
         except (UserError, OSError) as error:
-            sentence = _os_sentence(error) if isinstance(error, OSError) else str(error)
+            sentence = os_sentence(error) if isinstance(error, OSError) else str(error)
             typer.secho(f"error: {sentence}", fg="red", err=True)
             failed.append(name)
     typer.echo(f"labels of {', '.join(n for n in there if n not in failed) or 'none'} in {out}")
-    typer.echo(f"what they hold: dst inspect {out}; next: dst cache-features --labels {out}")
+    tables = shlex.quote(str(out))
+    typer.echo(f"what they hold: dst inspect {tables}; next: dst cache-features --labels {tables}")
     if failed:
         typer.secho(f"could not be prepared: {', '.join(failed)}", fg="red", err=True)
         raise typer.Exit(1)
-
-
-def _prepare_one(
-    source: str,
-    root: Path,
-    out: Path,
-    dialogs: Path | None,
-    tick_hz: float,
-    level: str,
-    view: str | None,
-    workers: int,
-) -> None:
-    from pipeline.prepare import prepare as run
-    from schemas.clock import Clock
-
-    with progress("recordings") as bar:
-        counts = run(
-            *(source, root, out, Clock(tick_hz), dialogs, level, view, workers),
-            on_plan=bar.start,
-            on_unit=lambda: bar.advance(1),
-        )
-    echo_table(("table", "rows"), sorted(counts.rows.items()))
-    echo_table(("split", "sessions"), sorted(counts.sessions.items()))
-    if counts.rejects:
-        echo_table(("not used, because", "times"), sorted(counts.rejects.items()))
-        typer.echo(f"each with its file and place in {out / source / 'rejects.parquet'}")
-    for note, number in sorted(counts.notes.items()):
-        typer.echo(f"{number} {note}")
-    if counts.joined_turns:
-        typer.echo(f"{counts.joined_turns} assistant turns were joined to an earlier one on their tick")
-    if counts.missing_videos:
-        typer.echo(f"{counts.missing_videos} of {counts.rows['videos']} videos are not there yet")
-        typer.echo(f"  such as {counts.missing_video}")
 
 
 @app.command()
@@ -244,7 +180,7 @@ def inspect(
         for line in timeline(shown):
             typer.echo(line)
         out = out or Path("out/pictures") / f"{session.replace('/', '_')}.png"
-        labels_picture(shown, _some_frames(shown), out)
+        labels_picture(shown, some_frames(shown), out)
         typer.echo(f"picture in {out}")
         return
     if out is not None:
@@ -255,23 +191,8 @@ def inspect(
         writer.writeheader()
         writer.writerows(rows)
         return
-    # Transposed: a column for each corpus and split is what fits into a terminal.
-    for source in dict.fromkeys(row["source"] for row in rows):
-        mine = [row for row in rows if row["source"] == source]
-        names = [name for name in mine[0] if name not in ("source", "split")]
-        echo_table(
-            (source, *(row["split"] for row in mine)),
-            [(name.replace("_", " "), *(row[name] for row in mine)) for name in names],
-        )
-    if rejects:
-        echo_table(
-            ("not used, because", "corpus", "times"),
-            [(row["reason"], row["source"], row["count"]) for row in rejects],
-        )
-        typer.echo("the first of each:")
-        for row in rejects:
-            typer.echo(f"  {row['reason']}: {row['example']}")
-    typer.echo(f"one session from beginning to end: dst inspect {labels} --session ID")
+    echo_counts(rows, rejects)
+    typer.echo(f"one session from beginning to end: dst inspect {shlex.quote(str(labels))} --session ID")
 
 
 @app.command("init-model")
@@ -432,45 +353,12 @@ def train(
     settings = load_recipe(base, set_ or [])
     if begun:
         shards = shards or json.loads((out / "run.json").read_text(encoding="utf-8"))["shards"]
-    from training.trainer import Stopped, require_same_recipe
-    from training.trainer import train as run
+    from training.terminal import train_and_tell
+    from training.trainer import require_same_recipe
 
     if begun:
         require_same_recipe(out, settings)
-    chosen = choose_device(gpu, device)
-    # torchrun starts this command once a GPU; one of them speaks
-    is_main = os.environ.get("RANK", "0") == "0"
-    with progress("steps", shown=is_main) as bar:
-        bar.start(settings.train.steps)
-
-        def on_start(step: int) -> None:
-            if resume:
-                bar.say(f"going on after step {step}" if step else f"nothing to resume in {out}: starting")
-            bar.advance(step)
-
-        def on_step(row: dict[str, float]) -> None:
-            bar.advance(1, f"loss {row['train/loss']:.3f}")
-            if "val/combined" in row:
-                bar.say(_validation_line(row))
-
-        try:
-            best = run(
-                shards or "out/shards",
-                settings,
-                out,
-                device=chosen,
-                resume=resume,
-                on_start=on_start,
-                on_step=on_step,
-                say=bar.say,
-            )
-        except Stopped as stop:
-            bar.say(f"stopped after step {stop.step}, which is saved; go on with --resume")
-            raise typer.Exit(128 + stop.signal) from None
-    if is_main:
-        found = f"best at step {best['step']:.0f} (val combined {best['val/combined']:.3f})"
-        typer.echo(f"{found} in {out / 'checkpoints/best'}; curves in {out / 'curves.png'}")
-        typer.echo(f"next: dst evaluate --run {out}; beside other runs: dst runs {out.parent}")
+    train_and_tell(shards or "out/shards", settings, out, choose_device(gpu, device), resume)
 
 
 @app.command()
@@ -479,6 +367,8 @@ def runs(
     csv: Annotated[bool, typer.Option("--csv", help="Print every score as CSV, for other programs.")] = False,
 ) -> None:
     """Compare training runs: how far each is, its best validation scores, and what it has otherwise than the best run.
+
+    Exit status 1 when there are runs, and none can be shown.
 
     Example: dst runs out/runs --csv
     """
@@ -497,26 +387,107 @@ def runs(
             typer.echo(f"{run.name} beside {found[0].name}: {told}")
     for name, reason in broken.items():
         typer.echo(f"{name} cannot be shown: {reason}", err=True)
+    if not found:
+        raise typer.Exit(1)
 
 
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
     shards: Annotated[str | None, typer.Option(help="The cache. Default: the one it was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="best, latest or best_TASK.")] = "best",
+    split: Split = "test",
+    checkpoint: Checkpoint = "best",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="free: on its own state and words. teacher: the true state at each window's start, all logits kept."
+        ),
+    ] = "free",
+    embedding: Embedding = DEFAULT_EMBEDDING,
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:
-    """Score a run free-running, on its own state and words, beside baselines that never look.
+    """Score a run beside baselines that never look, and write a report to open in a browser.
 
-    Example: dst evaluate --run out/runs/tiny --split test
+    Example: dst evaluate --run out/runs/tiny --split test --embedding bag-of-words
+    """
+    if mode not in ("free", "teacher"):
+        raise UserError(f"--mode {mode!r} is neither free nor teacher")
+    chosen = choose_device(gpu, device)
+    from training.evaluate import Reports
+    from training.report_terminal import evaluate_and_tell
+
+    reports = Reports(run, checkpoint, split, "free" if mode == "free" else "teacher")
+    evaluate_and_tell(reports, shards, embedding, chosen)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run that was scored with dst evaluate.")],
+    second: Annotated[Path, typer.Argument(help="Another one, scored on the same sessions.")],
+    split: Split = "test",
+    checkpoint: Checkpoint = "best",
+    embedding: Embedding = DEFAULT_EMBEDDING,
+) -> None:
+    """Put two runs side by side: differences with bootstrap intervals over videos. Needs no model and no cache.
+
+    Example: dst compare out/runs/tiny out/runs/proassist --embedding bag-of-words
+    """
+    from training.evaluate import Reports
+    from training.report_terminal import compare_and_tell
+
+    compare_and_tell(Reports(first, checkpoint, split), Reports(second, checkpoint, split), embedding)
+
+
+@app.command()
+def stream(
+    run: Annotated[Path, typer.Option(help="A run made by dst train, or a folder made by dst export.")],
+    video: Annotated[
+        str, typer.Option(help="A video file, a camera's number (0), or an address (rtsp, http, ...).")
+    ],
+    plan: Annotated[Path, typer.Option(help="YAML: 'goal' and 'steps', a list of their names.")],
+    words: Annotated[
+        Path | None, typer.Option(help="What the user says, a line each: seconds and words.")
+    ] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="Also write the events here, a line of JSON each.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Write an mp4 of the pictures with the state beside them.")
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    gpu: Gpu = None,
+    device: Device = None,
+) -> None:
+    """The assistant, live: it watches, follows the plan, and speaks. On a terminal you can type to it.
+
+    Where the output is no terminal, it is the events as they happen, a line of JSON each.
+
+    Example: dst stream --run out/runs/tiny --video kitchen.mp4 --plan plan.yaml --record seen.mp4
     """
     chosen = choose_device(gpu, device)
-    metrics, traces = _evaluated(run, shards, split, checkpoint, chosen)
-    _echo_metrics(metrics)
-    _write_timeline(run, shards, traces)
-    typer.echo(f"all scores in {run / 'metrics.json'}, one session's timeline in {run / 'timeline.png'}")
+    from training.stream import stream_and_tell
+
+    told = {"words": words, "events": events, "record": record}
+    stream_and_tell(run, video, plan, checkpoint=checkpoint, device=chosen, **told)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="A run made by dst train.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """One folder with all that a trained model needs elsewhere: weights, vision tower, tokenizer, thresholds, card.
+
+    Example: dst export --run out/runs/tiny --out out/export
+    """
+    from training.export import export as write
+
+    lacking = write(run, out, checkpoint)
+    if lacking:
+        typer.echo(lacking, err=True)
+    typer.echo(f"exported to {out}; next: dst stream --run {shlex.quote(str(out))} --video ... --plan ...")
 
 
 @app.command()
@@ -533,8 +504,11 @@ def demo(
     Example: dst demo --out out/demo --seed 1
     """
     from schemas.files import write_text
+    from training.recipe import load_recipe
 
     began = time.perf_counter()
+    changes = [f"train.seed={seed}", *([f"train.steps={steps}"] if steps is not None else [])]
+    load_recipe("tiny", changes)  # a mistake is told now, not in four minutes
     _clear_demo(out)
     corpus, labels, shards, model = (
         out / "data/assembly101",
@@ -542,7 +516,6 @@ def demo(
         out / "shards",
         out / "models/tiny",
     )
-    changes = [f"train.seed={seed}", *([f"train.steps={steps}"] if steps else [])]
     _stage("1/6 sample: a synthetic corpus in Assembly101's layout")
     sample("assembly101", corpus, sessions, seed)
     _stage("2/6 prepare: annotations to label tables")
@@ -555,18 +528,20 @@ def demo(
     _stage("5/6 train the blind control: the same, with all features zero")
     train(str(shards), "tiny", [*changes, "data.blind=true"], out / "runs/blind", device="cpu")
     _stage("6/6 evaluate on the held-out test sessions")
-    metrics, traces = _evaluated(out / "runs/tiny", None, "test", "best", "cpu")
-    blind, _ = _evaluated(out / "runs/blind", None, "test", "best", "cpu")
-    metrics["blind"] = {key: value for key, value in blind.items() if key not in ("baselines", "about")}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _echo_metrics(metrics)
-    _write_timeline(out / "runs/tiny", None, traces)
+    from training.evaluate import Reports
+    from training.report_terminal import evaluate_and_tell
+
+    reports = Reports(out / "runs/tiny", "best", "test")
+    metrics = evaluate_and_tell(reports, None, "bag-of-words", "cpu", blind=out / "runs/blind")
+    scores = Reports(out, "best", "test").file("metrics.json")
+    write_text(scores, json.dumps(metrics, indent=2) + "\n")
     typer.echo(f"{(time.perf_counter() - began) / 60:.1f} minutes. Where things lie:")
     places = {
         "labels": labels / "assembly101/frames.parquet",
         "features": shards,
-        "scores": out / "metrics.json",
-        "timeline": out / "runs/tiny/timeline.png",
+        "scores": scores,
+        "timeline": reports.file("timeline.png"),
+        "report": reports.file("report.html"),
         "curves": out / "runs/tiny/curves.png",
         "model": out / "runs/tiny/checkpoints/best",
     }
@@ -584,58 +559,6 @@ def _part_of(shard: str | None) -> tuple[int, int]:
             f"--shard {shard!r} is not I/N with I from 0 to N - 1; write 0/8 for the first of eight parts"
         )
     return int(part), int(of)
-
-
-def _validation_line(row: dict[str, float]) -> str:
-    """The scores of a validation, the one that chooses `best` first."""
-    names = sorted((key for key in row if key.startswith("val/")), key=lambda key: key != "val/combined")
-    scores = ", ".join(f"{name.removeprefix('val/')} {row[name]:.3f}" for name in names)
-    return f"step {row['step']:.0f}: {scores}"
-
-
-def _evaluated(
-    run: Path, shards: str | None, split: str, checkpoint: str, device: str
-) -> tuple[dict[str, Any], list[Trace]]:
-    from training.evaluate import evaluate as score_run
-
-    return score_run(run, shards, split=split, checkpoint=checkpoint, device=device)
-
-
-def _echo_metrics(metrics: dict[str, Any]) -> None:
-    from training.evaluate import TABLE, table_rows
-
-    about = metrics["about"]
-    typer.echo(f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, free-running")
-    echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
-    typer.echo(f"combined: {metrics['combined']['formula']}; words are compared by {about['embedding']}")
-
-
-def _write_timeline(run: Path, shards: str | None, traces: list[Trace]) -> None:
-    """The picture of the middle session."""
-    from pipeline.shards import ShardCache
-    from training.evaluate import middle_trace
-    from training.plots import timeline_picture
-
-    trace = middle_trace(traces)
-    shards = shards or json.loads((run / "run.json").read_text(encoding="utf-8"))["shards"]
-    session = ShardCache(shards).session(trace.session_id)
-    timeline_picture(trace, _some_frames(session), run / "timeline.png", session.meta["goal"])
-
-
-def _some_frames(session: LabelledSession) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Eight of a session's frames, from its first tick to its last; none, and a line, where the video is gone."""
-    from pipeline.decode import DecodeError, tick_frames
-    from schemas.clock import Clock
-
-    last = session.first_tick + session.num_ticks - 1
-    wanted = {session.first_tick + i * (session.num_ticks - 1) // 7 for i in range(8)}
-    meta = session.meta
-    try:
-        frames = tick_frames(meta["uri"], Clock(meta["tick_hz"]), last, meta["rotation_deg"])
-        return [(frame.tick, frame.image) for frame in frames if frame.tick in wanted]
-    except DecodeError as error:
-        typer.echo(f"the picture has no frames: {error}", err=True)
-        return []
 
 
 def _clear_demo(out: Path) -> None:

@@ -50,7 +50,7 @@ from pipeline.todo import CacheOptions
 from pipeline.vision import VisionEncoder
 from pipeline.workers import available_cores
 from schemas.clock import Clock
-from training import objectives
+from training import objective
 from training.batch import Batch, collate
 from training.data import SessionData, load_sessions, make_example
 from training.model import DSTSmolVLM
@@ -279,7 +279,7 @@ def parts(recipe: Recipe, made: Made, sizes: list[Size], model: DSTSmolVLM) -> d
         "mask": (Batch, "block_mask" if CUDA else "additive_mask"),
         "language model": (type(model.model.text_model), "forward"),
         "model": (DSTSmolVLM, "forward"),
-        "losses": (objectives, "task_losses"),
+        "losses": (objective, "task_losses"),
         "backward": (Accelerator, "backward"),
         "clip": (torch.nn.utils, "clip_grad_norm_"),
         "optimizer": (torch.optim.AdamW, "step"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def cache_and_tell(labels: Path, out: str, engine: Engine, options: CacheOptions
         )
     echo_cache_summary(summary, time.perf_counter() - began, out)
     if not summary.failures and options.of == 1:
-        typer.echo(f"next: dst verify {out}, then dst train --shards {out}")
+        cache = shlex.quote(out)
+        typer.echo(f"next: dst verify {cache}, then dst train --shards {cache}")
     return summary.failures
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from schemas.errors import UserError
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher such as torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def choose_device(gpu: int | None, device: str | None) -> str:
@@ -25,7 +32,8 @@ def choose_device(gpu: int | None, device: str | None) -> str:
             raise UserError("there is no GPU here; use --device cpu")
         return device
     chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    typer.echo("using the GPU" if chosen == "cuda" else "no GPU found: using the CPU")
+    if is_main_process():
+        typer.echo("using the GPU" if chosen == "cuda" else "no GPU found: using the CPU")
     return chosen
 
 

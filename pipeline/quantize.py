@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
+from schemas.shards import FeatureType
 
 _LARGEST = float(np.finfo(np.float16).max)
 _STEPS = np.float32(127)
@@ -49,6 +50,18 @@ def to_int8(features: NDArray[np.float32], what: str) -> tuple[NDArray[np.int8],
     for tick in range(len(features)):  # one at a time stays in the processor's cache
         values[tick] = np.rint(features[tick] / divisor[tick])
     return values, scale
+
+
+def as_cached(features: NDArray[np.float32], dtype: FeatureType, what: str) -> NDArray[np.float16]:
+    """Features as a reader gets them from a cache of that type.
+
+    Raises:
+        UserError: values that the type cannot hold.
+    """
+    if dtype == "float16":
+        return to_float16(features, what)
+    values, scale = to_int8(features, what)
+    return np.multiply(values, scale, dtype=np.float32).astype(np.float16)
 
 
 def _check_range(features: NDArray[np.float32], kind: str, what: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from schemas.shards import ComputeType, Filter
 
-_PARTS = {"model.vision_model.": "vision_model", "model.connector.": "connector"}
+PARTS = {"model.vision_model.": "vision_model", "model.connector.": "connector"}
 _COMPUTE_TYPES: tuple[ComputeType, ...] = ("float32", "bfloat16", "float16")
 
 
@@ -260,7 +260,7 @@ def _load(folder: Path, config: Any) -> tuple[Any, Any, str]:
             "vision_model": SmolVLMVisionTransformer._from_config(config.vision_config),
             "connector": SmolVLMConnector(config),
         }
-    weights = _load_weights(folder)
+    weights = load_weights(folder)
     for name, module in modules.items():
         state = weights[name]
         wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
@@ -281,7 +281,7 @@ def vision_sha256(folder: Path) -> str | None:
     Raises:
         UserError: a file of weights is missing or damaged.
     """
-    weights = _load_weights(folder)
+    weights = load_weights(folder)
     return _sha256_of(weights) if any(weights.values()) else None
 
 
@@ -296,19 +296,19 @@ def _sha256_of(weights: dict[str, dict[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _load_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def load_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Only the tensors of tower and connector; the others are never read from disk."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no *.safetensors file; download the whole checkpoint")
-    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _PARTS.values()}
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in PARTS.values()}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    for prefix, name in _PARTS.items():
+                    for prefix, name in PARTS.items():
                         if key.startswith(prefix):
                             found[name][key.removeprefix(prefix)] = tensors.get_tensor(key)
         except SafetensorError as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 from schemas.errors import UserError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+DEFAULT_EMBEDDING = "sentence-transformers/all-mpnet-base-v2"
+"""The sentence model that published scores of dialogues were matched with."""
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
@@ -29,6 +31,6 @@ def checkpoint_folder(name: str) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"the model {name!r} is neither a local folder nor could it be fetched from the hub "
-            f"({type(error).__name__}); copy its folder here and give its path with --model, "
-            "or make a random one with 'dst init-model --preset tiny --out models/tiny'"
+            f"({type(error).__name__}); copy its folder here and give its path (to cache-features with --model, to "
+            "train with --set model.init=), or make a random one with 'dst init-model --preset tiny --out models/tiny'"
         ) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from schemas.errors import UserError
 
@@ -28,7 +31,7 @@ def load_config(model: type[Model], path: Path | None, overrides: Sequence[str] 
 
     Raises:
         UserError: the file is not YAML, a key is unknown (the nearest known one is named), a value is of a
-            wrong type or out of range.
+            wrong type or out of range; where it was given with ``--set``, that is named.
     """
     where = str(path) if path else "the settings"
     raw: Any = {}
@@ -46,7 +49,8 @@ def load_config(model: type[Model], path: Path | None, overrides: Sequence[str] 
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error, model)}") from None
+        told = [f"{_source(p, where, overrides)}: {_sentence(p, model)}" for p in error.errors()]
+        raise UserError("; ".join(told)) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -64,19 +68,62 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: {value!r} is not a value YAML can read") from None
 
 
-def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    parts = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        name = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            known = _keys(model, location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-            parts.append(f"unknown key {name!r}; {hint}")
-        else:
-            parts.append(f"{name or 'settings'}: {problem['msg']} (got {problem['input']!r})")
-    return "; ".join(parts)
+def _source(problem: ErrorDetails, where: str, overrides: Sequence[str]) -> str:
+    """Where a wrong value came from: the last override that set it, else the file.
+
+    Of values that do not go together, all overrides of their section may be to blame, beside the file.
+    """
+    place = _name(problem)
+    last = {override.partition("=")[0]: override for override in overrides}
+    told = [
+        f"--set {shlex.quote(override)}"
+        for key, override in last.items()
+        if not place or f"{key}.".startswith(f"{place}.") or f"{place}.".startswith(f"{key}.")
+    ]
+    if _is_of_section(problem):
+        return f"{where} with {' '.join(told)}" if told else where
+    return told[-1] if told else where
+
+
+def _is_of_section(problem: ErrorDetails) -> bool:
+    """Whether each value holds, but not beside the others."""
+    return problem["type"] == "value_error" and isinstance(problem["input"], dict)
+
+
+_EXPECTED = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list, in square brackets",
+    "model_type": "is a section with keys of its own, and needs them",
+}
+"""What pydantic's kinds of errors ask for."""
+
+
+def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    name = _name(problem)
+    if problem["type"] == "extra_forbidden":
+        *parents, last = map(str, problem["loc"])
+        known = _keys(model, parents)
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {name!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if _is_of_section(problem):
+        return message  # of a whole section, which is too long to show
+    return (
+        f"{name}: {_EXPECTED.get(problem['type'], message)} (got {json.dumps(problem['input'], default=str)})"
+    )
+
+
+def _name(problem: ErrorDetails) -> str:
+    return ".".join(map(str, problem["loc"]))
 
 
 def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:

@@ -228,7 +228,7 @@ SURE = 0.95
 
 
 class StateValidator:
-    """Lets predicted states only move forward, and counts what it refuses.
+    """Lets predicted states only move forward, and counts what is proposed.
 
     A step may stay, start, or complete once started; it never goes back. That it starts and completes at once
     happens only to steps shorter than a tick, and a wrong completion can never be taken back: so it is believed
@@ -238,9 +238,8 @@ class StateValidator:
     def __init__(self, initial: Sequence[int] | NDArray[np.integer]) -> None:
         self.state: NDArray[np.int8] = np.array(initial, dtype=np.int8)
         self.proposed = 0
-        self.rejected = 0
 
-    def update(self, predicted: NDArray[np.integer], probability: NDArray[np.floating]) -> NDArray[np.int8]:
+    def update(self, predicted: NDArray[np.integer], probability: NDArray[np.floating]) -> NDArray[np.int64]:
         """Take over the legal part of a prediction.
 
         Args:
@@ -248,11 +247,11 @@ class StateValidator:
             probability: of each of them, ``[K]``.
 
         Returns:
-            The state int8 ``[K]`` that now holds.
+            The steps whose change is refused, int64.
         """
         skips = (self.state == NOT_STARTED) & (predicted == COMPLETED) & (probability < SURE)
         legal = (predicted > self.state) & ~skips
-        self.proposed += int((predicted != self.state).sum())
-        self.rejected += int(((predicted != self.state) & ~legal).sum())
+        changes = predicted != self.state
+        self.proposed += int(changes.sum())
         self.state = np.where(legal, predicted, self.state).astype(np.int8)
-        return self.state.copy()
+        return np.flatnonzero(changes & ~legal)

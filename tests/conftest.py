@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import cache_features
@@ -14,6 +17,21 @@ from pipeline.sample.corpus import write_sample
 from pipeline.todo import CacheOptions
 from pipeline.vision import VisionEncoder
 from schemas.clock import Clock
+
+
+def put(root: Path, name: str, content: Any) -> Path:
+    """A file under ``root``: bytes, text, or what JSON has for it."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def rows_of(tables: Path, name: str) -> list[dict[str, Any]]:
+    """A label table of one corpus."""
+    rows: list[dict[str, Any]] = pq.read_table(tables / f"{name}.parquet").to_pylist()
+    return rows
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +65,17 @@ def shards(labels: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     summary = cache_features(labels, folder, Here(VisionEncoder(tiny_model, "cpu")), CacheOptions(workers=2))
     assert summary.failures == []
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, which says next to nothing: so little trained, its words would be long nonsense."""
+    from training.recipe import load_recipe
+    from training.trainer import train
+
+    out = tmp_path_factory.mktemp("runs") / "short"
+    changes = ["train.steps=2", "train.eval_every=2", "train.warmup_steps=1", "data.batch_rows=1"]
+    train(shards, load_recipe("tiny", changes), out, device="cpu")
+    for config in out.glob("checkpoints/*/config.json"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"speaking_threshold": 0.95}))
+    return out

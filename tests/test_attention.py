@@ -27,7 +27,8 @@ PACKED = [[2, 0], [1]]
 """How the examples lie in rows: together and alone, out of order, with padding."""
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
-COMPUTED = [*((name, torch.float32) for name in ATTENTION), ("sdpa", torch.bfloat16)]
+HALF = [("sdpa", torch.bfloat16), ("flex_attention", torch.bfloat16)]
+COMPUTED = [*((name, torch.float32) for name in ATTENTION), *HALF]
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -255,6 +256,29 @@ def test_under_autocast_the_heads_stay_float32(
     assert changed  # it did compute in bfloat16
     loss_of(out).backward()
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_flex_attention_takes_mixed_types_under_autocast_and_computes_in_the_half_one(
+    built: tuple[DSTSmolVLM, SequenceBuilder], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated queries and keys are float32, values are not: the lowest torch that is allowed takes them so."""
+    types = []
+
+    def watched(*args: torch.Tensor, training: bool, **kwargs: Any) -> Any:
+        found = flex_attention(*args, **kwargs)
+        types.append(tuple(each.dtype for each in (*args[:3], found)))
+        return found
+
+    model, _ = built
+    exact = logits_of(model, batch, torch.bfloat16)  # by sdpa
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", watched)
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation", "flex_attention")
+    found = logits_of(model, batch, torch.bfloat16)
+    assert set(types) == {(torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)}
+    assert len(types) == model.config.text_config.num_hidden_layers
+    for mine, other in zip(found, exact, strict=True):
+        for name in HEADS:
+            torch.testing.assert_close(mine[name], other[name], rtol=0.05, atol=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from click.testing import Result
+from conftest import rows_of
 from typer.testing import CliRunner
 
 from cli import app
+from pipeline.devices import choose_device
 from pipeline.shards import ShardCache
 from schemas.tables import TABLES
 
@@ -210,15 +214,22 @@ def test_shards_of_another_model(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_more_visual_tokens_than_the_cache_has(shards: Path, tmp_path: Path) -> None:
+    fixed = ("train", "--shards", shards, "--out", tmp_path / "run", "--device", "cpu", "--recipe", "tiny")
+    line = mistake(*fixed, "--set", "model.visual_tokens=5")
+    assert f"model.visual_tokens is 5, and a tick of {shards} has 4 tokens" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_cache_without_a_validation_part(labels: Path, tiny_model: Path, tmp_path: Path) -> None:
     """What relabelling has left without val sessions is not trained on: nothing would choose a checkpoint."""
-    sessions = [row for row in rows_of(labels, "sessions") if row["split"] == "train"][:2]
+    sessions = [row for row in rows_of(labels / "assembly101", "sessions") if row["split"] == "train"][:2]
     chosen, videos = ({row[key] for row in sessions} for key in ("session_id", "video_id"))
     folder = tmp_path / "labels" / "assembly101"
     folder.mkdir(parents=True)
     for name, schema in TABLES.items():
         of = {"videos": ("video_id", videos), "rejects": ("reason", set())}.get(name, ("session_id", chosen))
-        rows = [row for row in rows_of(labels, name) if row[of[0]] in of[1]]
+        rows = [row for row in rows_of(labels / "assembly101", name) if row[of[0]] in of[1]]
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{name}.parquet")
     out = tmp_path / "shards"
     command = ("cache-features", "--labels", tmp_path / "labels", "--out", out, "--model", tiny_model)
@@ -251,7 +262,7 @@ def test_of_several_processes_one_speaks(rank: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("training.trainer.train", quick)
     monkeypatch.setenv("RANK", rank)
-    result = run("train", "--out", tmp_path / "run", "--resume", "--device", "cpu")
+    result = run("train", "--out", tmp_path / "my run", "--resume", "--device", "cpu")
     assert (result.exit_code, result.exception) == (0, None)
     if rank == "1":
         assert result.output == ""
@@ -260,7 +271,47 @@ def test_of_several_processes_one_speaks(rank: str, tmp_path: Path, monkeypatch:
             "going on after step 2",
             "step 3: combined 0.500, speaking_f1 0.250",
         ]
-        assert f"best at step 3 (val combined 0.500) in {tmp_path / 'run/checkpoints/best'}" in result.stdout
+        assert (
+            f"best at step 3 (val combined 0.500) in {tmp_path / 'my run/checkpoints/best'}" in result.stdout
+        )
+        told = result.stdout.split("next: ")[1].split("; beside other runs: ")
+        assert [shlex.split(each)[-1] for each in told] == [str(tmp_path / "my run"), str(tmp_path)]
+
+
+def test_a_mistake_of_all_processes_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process than the main one waits for the launcher to end it, and speaks when it does not."""
+    wrong = ("prepare", "--root", tmp_path / "nowhere")
+    told = mistake(*wrong)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("pipeline.ending.time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    result = run(*wrong)
+    assert (result.exit_code, result.output) == (2, "")
+    waited: list[float] = []
+    monkeypatch.setattr("pipeline.ending.time.sleep", waited.append)
+    result = run(*wrong)
+    assert (result.exit_code, result.stderr) == (2, f"rank 3: error: {told}\n")
+    [seconds] = waited
+    assert seconds > 0
+
+
+def test_the_device_is_told_by_the_main_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for rank, told in (("0", "no GPU found: using the CPU\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert choose_device(None, None) == "cpu"
+        assert capsys.readouterr().out == told
+
+
+def test_what_comes_next_can_be_pasted(corpus: Path, tmp_path: Path) -> None:
+    """Also where a folder's name has blanks and more."""
+    out = tmp_path / "my labels; $HOME"
+    lines = run("prepare", "--root", corpus, "--out", out).stdout.splitlines()
+    [told] = [line.split("next: ")[1] for line in lines if "next: " in line]
+    assert shlex.split(told) == ["dst", "cache-features", "--labels", str(out)]
+    [told] = [line.split("what they hold: ")[1] for line in lines if "what they hold: " in line]
+    assert shlex.split(told) == ["dst", "inspect", str(out / "assembly101")]
 
 
 def test_not_a_run(shards: Path, tmp_path: Path) -> None:
@@ -276,6 +327,11 @@ def test_demo_removes_nothing_of_others(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_demo_tells_a_mistake_before_it_begins(tmp_path: Path) -> None:
+    assert "train.steps" in mistake("demo", "--out", tmp_path / "demo", "--steps", "0")
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_model_that_cannot_be_had(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is no checkpoint, a name the hub does not know, a name that is none."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -288,6 +344,9 @@ def test_a_model_that_cannot_be_had(labels: Path, tmp_path: Path, monkeypatch: p
         line = mistake("cache-features", *fixed, name)
         assert f"{name!r} is neither a local folder nor could it be fetched" in line
         assert "dst init-model" in line
+        assert all(
+            told in line for told in ("--model", "--set model.init=")
+        )  # of both commands that take one
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     assert "is not a SmolVLM checkpoint" in mistake("cache-features", *fixed, tmp_path / "model")
     assert not (tmp_path / "shards").exists()
@@ -347,18 +406,14 @@ def test_a_process_ends_with_status_2(tmp_path: Path) -> None:
 # ---- what works, and what fails half way
 
 
-def rows_of(labels: Path, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(labels / "assembly101" / f"{name}.parquet").to_pylist()
-
-
 def test_prepare_tells_what_it_wrote(corpus: Path, tmp_path: Path) -> None:
     result = run("prepare", "--root", corpus, "--out", tmp_path / "labels")
     assert result.exit_code == 0
     assert result.stderr == ""
     lines = [line.split() for line in result.stdout.splitlines()]
     for name in TABLES:
-        assert [name, str(len(rows_of(tmp_path / "labels", name)))] in lines
-    splits = [row["split"] for row in rows_of(tmp_path / "labels", "sessions")]
+        assert [name, str(len(rows_of(tmp_path / "labels/assembly101", name)))] in lines
+    splits = [row["split"] for row in rows_of(tmp_path / "labels/assembly101", "sessions")]
     for split in ("train", "val", "test"):
         assert [split, str(splits.count(split))] in lines
     assert "next: dst cache-features" in result.stdout
@@ -373,17 +428,21 @@ def test_init_model_writes_what_can_be_cached(tiny_model: Path, tmp_path: Path) 
 
 def test_a_failing_video_gives_status_1(labels: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Of two videos one is missing: the other is cached, the list is told; the video back, all is well."""
-    videos = sorted(rows_of(labels, "videos"), key=lambda row: row["video_id"])[:2]
+    videos = sorted(rows_of(labels / "assembly101", "videos"), key=lambda row: row["video_id"])[:2]
     gone, there = videos
     away = tmp_path / "gone.mp4"
-    sessions = [r for r in rows_of(labels, "sessions") if r["video_id"] in {v["video_id"] for v in videos}]
+    sessions = [
+        r
+        for r in rows_of(labels / "assembly101", "sessions")
+        if r["video_id"] in {v["video_id"] for v in videos}
+    ]
     chosen = {row["session_id"] for row in sessions}
     folder = tmp_path / "labels" / "assembly101"
     folder.mkdir(parents=True)
     for name, schema in TABLES.items():
         rows = {"videos": [gone | {"uri": str(away)}, there], "sessions": sessions, "rejects": []}.get(name)
         if rows is None:
-            rows = [row for row in rows_of(labels, name) if row["session_id"] in chosen]
+            rows = [row for row in rows_of(labels / "assembly101", name) if row["session_id"] in chosen]
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{name}.parquet")
 
     out = tmp_path / "shards"

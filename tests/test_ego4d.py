@@ -15,6 +15,7 @@ import av
 import numpy as np
 import polars as pl
 import pytest
+from conftest import put
 
 from pipeline.cache import cache_features
 from pipeline.decode import tick_frames
@@ -29,13 +30,6 @@ from schemas.errors import UserError
 from schemas.tables import validate_labels
 
 Steps = dict[str, tuple[str, str | None, list[tuple[float, float]]]]
-
-
-def put(root: Path, name: str, content: Any) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def segment(start: Any, end: Any, name: Any, relevant: str = "essential", **more: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import av
-import polars as pl
 import pytest
+from conftest import put, rows_of
 
 from pipeline.prepare import prepare
 from pipeline.sample.corpus import write_sample
@@ -30,20 +30,9 @@ COLUMNS = "video_uid,annotation_id,subset,view,scene,start_sec,end_sec"
 HEADER = f"{COLUMNS},narration_en,narration_en_hand_prompt,narration_en_no_hand_prompt"
 
 
-def put(root: Path, name: str, text: str) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
-    return path
-
-
 def entry(start: Any, end: Any, text: Any, name: str, duration: Any = 90.5) -> dict[str, Any]:
     about = {"start": start, "end": end, "attribute": "3", "duration": duration, "id": name, "type": 0}
     return {**about, "textAttribute_en": text}
-
-
-def rows_of(labels: Path, table: str) -> list[dict[str, Any]]:
-    return pl.read_parquet(labels / f"{table}.parquet").to_dicts()
 
 
 def rejects_of(out: Path) -> list[tuple[str, ...]]:

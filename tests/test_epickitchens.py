@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import polars as pl
 import pytest
+from conftest import put, rows_of
 
 from pipeline.prepare import prepare
 from pipeline.sample import epickitchens as sample
@@ -29,20 +29,9 @@ HEADER = (
 )
 
 
-def put(root: Path, name: str, text: str) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
-    return path
-
-
 def narration(video: str, number: int | str, start: str, stop: str, text: str, nouns: str = "['pan']") -> str:
     cells = [f"{video}_{number}", video[:3], video, "00:00:00.100", start, stop, "1", "2", text]
     return ",".join([*cells, "take", "0", "pan", "5", nouns, "[5]"])
-
-
-def rows_of(labels: Path, table: str) -> list[dict[str, Any]]:
-    return pl.read_parquet(labels / f"{table}.parquet").to_dicts()
 
 
 @pytest.fixture

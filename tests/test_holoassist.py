@@ -13,6 +13,7 @@ from typing import Any
 import av
 import polars as pl
 import pytest
+from conftest import put
 
 from pipeline.prepare import prepare
 from pipeline.sample.corpus import write_sample
@@ -74,12 +75,6 @@ TRAY = "z2-june-22-gladom_disassemble"
 FIRST = record({"raw": "00:01:10.25"}, EVENTS, video_name="R1-7July-Go_Pro", taskType=" set_up gopro ")
 SECOND = record({"seconds": 45}, [EVENTS[1]], video_name=TRAY, taskType="none")
 THIRD = record({"raw": "1 minute", "seconds": 60}, [EVENTS[8], EVENTS[1]])
-
-
-def put(root: Path, name: str, content: Any) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pipeline.shards import ShardCache
 from training import rollout, speech, validation
 from training.batch import collate
-from training.data import SessionData, load_sessions, make_example
-from training.live import Decisions, LiveWindows, Observation
+from training.data import SessionData, load_sessions, make_example, true_trace
+from training.gate import Decisions, Thresholds, teacher_trace
+from training.live import LiveWindows, Observation
 from training.metrics import score
 from training.model import DSTSmolVLM
 from training.recipe import load_recipe
-from training.rollout import Thresholds, decide, decide_teacher, run_free, traces_of_teacher
+from training.rollout import decide, decide_teacher, run_free
 from training.sequence import SequenceBuilder, Words
 from training.traces import Trace
 from training.trainer import build
@@ -260,7 +261,7 @@ def test_validation_keeps_the_thresholds_of_the_better_free_run(
 
     monkeypatch.setattr(validation, "run_free", counted)
     row = validation.validate(model, builder, sessions, Accelerator(cpu=True))
-    kept = Thresholds(model.config.speaking_threshold, model.config.dst_update_threshold)
+    kept = Thresholds.of(model.config)
     assert len(tried) == 2
     assert kept in tried
     scores = {each: score(run_free(model, builder, sessions, each)) for each in tried}
@@ -274,8 +275,12 @@ def test_validation_without_words_scores_none(
 ) -> None:
     model, builder = built(cache, tiny_model)
     row = validation.validate(model, builder, sessions, Accelerator(cpu=True))
-    kept = Thresholds(model.config.speaking_threshold, model.config.dst_update_threshold)
+    kept = Thresholds.of(model.config)
     decisions, _, _ = decide_teacher(model, builder, sessions)
-    found = score(traces_of_teacher(model, builder, sessions, decisions, kept), similarity=None)
+    traces = [
+        teacher_trace(true_trace(session), windows, builder.max_plan_steps, kept)
+        for session, windows in zip(sessions, decisions, strict=True)
+    ]
+    found = score(traces, similarity=None)
     assert row["val/combined"] == found["combined"]["value"]
     assert "val/matched_f1" not in row

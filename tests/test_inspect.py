@@ -11,8 +11,8 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from conftest import rows_of
 
 from pipeline.inspect import read_session, rejects_by_reason, summary, timeline
 from pipeline.shards import LabelledSession
@@ -21,10 +21,6 @@ from schemas.tables import TABLES, LabelWriter, label_folders, table_of, validat
 
 STATES = {2: [0, 0], 3: [1, 0], 4: [1, 0], 5: [2, 0], 6: [2, 2], 7: [2, 2]}
 SAID = {3: "Open it.", 5: "Good."}
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(folder / f"{name}.parquet").to_pylist()
 
 
 def session_row(name: str, video: str, split: str, first: int, ticks: int, **more: Any) -> dict[str, Any]:

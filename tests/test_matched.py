@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
 from training.baselines import BASELINES
-from training.matched import BAG_OF_WORDS, match_words, matched_scores, window_ticks
+from training.matched import BAG_OF_WORDS, Similarity, match_words, window_ticks
 from training.metrics import score
 from training.traces import Trace, Track
 
@@ -43,7 +44,11 @@ def track(words: Sequence[tuple[int, str]]) -> Track:
 def trace(
     said: Sequence[tuple[int, str]], meant: Sequence[tuple[int, str]], source: str = "wtag", hz: float = 1.0
 ) -> Trace:
-    return Trace("s", hz, 0, ("step",), track(meant), track(said), None, None, 0, 0, source)
+    return Trace("s", hz, 0, ("step",), track(meant), track(said), None, None, source=source)
+
+
+def matched_scores(traces: Sequence[Trace], similarity: Similarity = BAG_OF_WORDS) -> dict[str, Any]:
+    return score(traces, similarity=similarity)["matched"]
 
 
 ticks = st.lists(st.integers(0, 14), max_size=4, unique=True).map(sorted)

@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from training.baselines import BASELINES, always_speak, copy_initial, score_baselines, uniform_clock
-from training.metrics import average_precision, best_threshold, match_events, score
-from training.traces import Trace, Track
+from training.baselines import (
+    BASELINES,
+    always_speak,
+    copy_initial,
+    never_update,
+    score_baselines,
+    uniform_clock,
+)
+from training.metrics import score
+from training.sweep import average_precision, best_threshold, precision_recall
+from training.tally import match_events
+from training.traces import Rejection, Trace, Track
 
 
 def random_track(rng: np.random.Generator, ticks: int, steps: int) -> Track:
@@ -47,7 +56,9 @@ def trace_of(
     truth: Track, predicted: Track, tick_hz: float = 1.0, proposed: int = 0, rejected: int = 0
 ) -> Trace:
     names = tuple(f"step {k}" for k in range(truth.num_steps))
-    return Trace("s", tick_hz, 0, names, truth, predicted, None, None, proposed, rejected)
+    return Trace(
+        "s", tick_hz, 0, names, truth, predicted, None, None, proposed, (Rejection(0, 0, 0),) * rejected
+    )
 
 
 def track_of(states: Sequence[str], words: dict[int, str], updates: Sequence[int] = ()) -> Track:
@@ -164,6 +175,7 @@ def test_words_must_be_the_same_at_the_same_tick() -> None:
     assert score([trace_of(truth, found)])["response"] == {
         "exact_match": 2 / 4,
         "exact_match_when_spoken": pytest.approx(2 / 3),
+        "similarity": 1.0,  # of a, c and d, whose pairs are the same words
     }
 
 
@@ -188,7 +200,7 @@ def test_an_oracle_scores_exactly_one() -> None:
         "order_edit_score": 100.0,
         "valid_ratio": 1.0,
     }
-    assert found["response"] == {"exact_match": 1.0, "exact_match_when_spoken": 1.0}
+    assert found["response"] == {"exact_match": 1.0, "exact_match_when_spoken": 1.0, "similarity": 1.0}
     assert found["combined"]["value"] == 1.0
 
 
@@ -203,7 +215,7 @@ def test_silence_scores_exactly_zero() -> None:
     assert found["dst_state"]["transition_f1"] == zeros
     assert found["dst_state"]["transition_time_error"] is None
     assert found["dst_state"]["order_edit_score"] == 0.0
-    assert found["response"] == {"exact_match": 0.0, "exact_match_when_spoken": 0.0}
+    assert found["response"] == {"exact_match": 0.0, "exact_match_when_spoken": 0.0, "similarity": None}
 
 
 def test_combined_is_the_mean_its_formula_names() -> None:
@@ -253,6 +265,17 @@ def test_best_threshold_is_the_best_of_all(rows: list[tuple[int, bool]]) -> None
     assert threshold == pytest.approx((highest + max(below)) / 2 if below else highest)
 
 
+@given(decisions.filter(lambda rows: any(positive for _, positive in rows)))
+def test_the_curve_of_precision_and_recall_agrees_with_scikit_learn(rows: list[tuple[int, bool]]) -> None:
+    scores = np.array([value / 8 for value, _ in rows])
+    truth = np.array([positive for _, positive in rows])
+    precision, recall, thresholds = sk.precision_recall_curve(truth, scores)
+    expected = list(zip(thresholds, precision, recall, strict=False))[::-1]  # its last point has no threshold
+    np.testing.assert_allclose(precision_recall(scores, truth), expected)
+    thinned = precision_recall(scores, truth, points=2)
+    np.testing.assert_allclose(thinned, [expected[0], expected[-1]] if len(expected) > 1 else expected)
+
+
 def test_best_threshold_between_neighbouring_floats() -> None:
     low = np.float32(0.3)
     scores = np.array([low, np.nextafter(low, np.float32(1))])
@@ -294,10 +317,28 @@ def test_constant_baselines() -> None:
     assert not talks.state.any()
     assert not silent.state.any()
     found = score_baselines([trace_of(truth, truth)])
-    assert list(found) == list(BASELINES)
+    assert list(found) == [*BASELINES, "never_update", "majority"]
     assert found["always_speak"]["speaking"]["recall"] == 1.0
     assert found["always_speak"]["response"]["exact_match"] == 0.0
     assert found["copy_initial"]["dst_state"]["accuracy"] == 0.5
+
+
+def test_baselines_that_know_a_little() -> None:
+    truth = track_of(["0001112222", "0000000112"], {1: "a"}, updates=[2, 3])
+    free, taught = never_update(truth, None), never_update(truth, 4)
+    assert not free.state.any()
+    assert taught.state.T.tolist() == [[0] * 4 + [1] * 4 + [2] * 2, [0] * 4 + [0] * 4 + [1] * 2]
+    assert not taught.speak.any()
+    # 0 is true 10 times, 1 five times, 2 five times
+    found = score_baselines([trace_of(truth, truth)], None, window_ticks=4)
+    assert found["majority"]["dst_state"]["accuracy"] == pytest.approx(10 / 20)
+    assert found["never_update"]["dst_state"]["accuracy"] == pytest.approx((7 + 8) / 20)
+    assert found["never_update"]["dst_state"]["joint"] == pytest.approx(6 / 10)
+    assert "matched" not in found["majority"]
+    late = track_of(["1222", "2222"], {})
+    assert score_baselines([trace_of(late, late)])["majority"]["dst_state"]["accuracy"] == pytest.approx(
+        7 / 8
+    )
 
 
 def test_traces_that_do_not_fit_are_refused() -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.shards import ShardCache
 from training import speech
 from training.batch import Batch, Example, collate
 from training.data import SessionData, load_sessions, make_example, window_starts
+from training.gate import Thresholds
 from training.model import DSTSmolVLM, load_trained
 from training.recipe import load_recipe
-from training.rollout import Thresholds, run_free
+from training.rollout import _fitting, decide_teacher, run_free
 from training.sequence import SequenceBuilder, Words
 from training.trainer import build
+from training.validation import validate
 
 DECISIONS = ("speaking", "dst_update", "dst_state")
 
@@ -256,3 +264,78 @@ def load_half(model: DSTSmolVLM) -> DSTSmolVLM:
     half.model.to(torch.bfloat16)
     half.lm_head.to(torch.bfloat16)
     return half
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_validation_computes_as_training_does_with_dense_attention_in_as_much_room(
+    built: tuple[DSTSmolVLM, SequenceBuilder],
+    cache: ShardCache,
+    half: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, builder = built
+    sessions = load_sessions(cache, "val")[:2]
+    config = model.config.text_config
+    monkeypatch.setattr(config, "_attn_implementation", "flex_attention")
+    seen = []
+
+    def look(module: Any, args: Any, out: torch.Tensor) -> None:
+        seen.append((out.dtype, out.shape[0] * out.shape[1], out.shape[0], config._attn_implementation))
+
+    def precision() -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+
+    hook = model.model.text_model.layers[0].self_attn.q_proj.register_forward_hook(look)
+    one_process = SimpleNamespace(process_index=0, num_processes=1, autocast=precision)
+    row = validate(model, builder, sessions, one_process, 1000)  # type: ignore[arg-type]
+    hook.remove()
+    assert {dtype for dtype, *_ in seen} == {torch.bfloat16 if half else torch.float32}
+    assert {kind for *_, kind in seen} == {"sdpa"}
+    assert config._attn_implementation == "flex_attention"
+    assert all(positions <= 1000 or rows == 1 for _, positions, rows, _ in seen)
+    windows = sum(len(list(window_starts(s, model.config.window_ticks, 0))) for s in sessions)
+    assert sum(rows for _, _, rows, _ in seen) == windows > len(seen)
+    monkeypatch.setattr(config, "_attn_implementation", "sdpa")
+    with precision():
+        alone, loss, words = decide_teacher(model, builder, sessions, positions=1)
+    close = 0.02 if half else 1e-5
+    assert row["val/loss_response"] == pytest.approx(loss / words, rel=close)
+    together, _, _ = decide_teacher(model, builder, sessions)
+    for one, other in zip(chain(*alone), chain(*together), strict=True):
+        assert np.abs(one.speaking - other.speaking).max() < (0.1 if half else 1e-5)
+        assert one.speaking.dtype == np.float32
+
+
+def test_validation_compiles_nothing(
+    built: tuple[DSTSmolVLM, SequenceBuilder], cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the language model is compiled for training, each shape would be compiled anew."""
+    model, builder = built
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    text_model = model.model.text_model
+    monkeypatch.setattr(
+        text_model, "_compiled_call_impl", torch.compile(text_model._call_impl, backend=backend)
+    )
+    decided, _, _ = decide_teacher(model, builder, load_sessions(cache, "val")[:1])
+    assert len(decided) == 1
+    assert compiled == []
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
+def test_windows_of_a_pass_are_as_many_as_fit_in_order(lengths: list[int], positions: int) -> None:
+    windows = [
+        (number, SimpleNamespace(window=SimpleNamespace(tokens=range(length))))
+        for number, length in enumerate(lengths)
+    ]
+    parts = [[number for number, _ in part] for part in _fitting(iter(windows), positions)]  # type: ignore[arg-type]
+    assert list(chain(*parts)) == list(range(len(lengths)))
+    for part, following in zip_longest(parts, parts[1:]):
+        assert len(part) == 1 or max(lengths[n] for n in part) * len(part) <= positions
+        if following is not None:
+            more = [*part, following[0]]
+            assert max(lengths[n] for n in more) * len(more) > positions

@@ -14,11 +14,15 @@ import tiny_run
 import torch
 from tiny_run import small, some_steps, totals_of, trained_by, weights_of
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import training.objective
 from schemas.errors import UserError
 from training.batch import Batch
+from training.gradients import cosines, dot_products, mixed
+from training.gradients import surgery as shares_of
 from training.model import DSTSmolVLM
-from training.objectives import Objective, Uncertainty, _combined
+from training.objectives import Objective, Uncertainty
 from training.recipe import Recipe
 from training.tasks import task_losses
 from training.trainer import _accelerator
@@ -170,11 +174,14 @@ def by_the_paper(gradients: list[np.ndarray], orders: list[list[int]]) -> np.nda
 
 
 def surgery(gradients: list[np.ndarray], seed: int) -> np.ndarray:
-    """`_combined` on flat gradients, laid into two parameters of other shapes."""
+    """The surgery on flat gradients, laid into two shared parameters of other shapes, and one that each has alone."""
     made = [{"a": torch.tensor(g[:2]), "b": torch.tensor(g[2:]).view(-1, 2)} for g in gradients]
-    named = {f"task{at}": each for at, each in enumerate(made)}
-    out = _combined(named, named, np.random.default_rng(seed))
+    named = {f"task{at}": each | {f"own{at}": torch.ones(2)} for at, each in enumerate(made)}
+    dots = dot_products(named, "ab")
+    np.testing.assert_allclose(dots, np.array(gradients) @ np.array(gradients).T, atol=1e-12)
+    out = mixed(named, shares_of(dots, np.random.default_rng(seed)), "ab")
     assert out["b"].shape == made[0]["b"].shape
+    assert all(torch.equal(out[f"own{at}"], torch.ones(2)) for at in range(len(gradients)))
     return torch.cat([out["a"], out["b"].flatten()]).numpy()
 
 
@@ -192,6 +199,44 @@ def test_gradient_surgery_reads_as_the_paper(seed: int) -> None:
     names = [f"task{at}" for at in range(4)]
     orders = [[int(n[4:]) for n in choice.permutation([m for m in names if m != name])] for name in names]
     assert surgery(gradients, seed + 100) == pytest.approx(by_the_paper(gradients, orders), abs=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Watches how large a tensor is made, in numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, out.numel() if torch.is_tensor(out) else 0)
+        return out
+
+
+def test_gradients_are_compared_and_mixed_one_parameter_at_a_time() -> None:
+    made = {f"task{at}": {f"p{key}": torch.randn(50, 3) for key in range(20)} for at in range(4)}
+    with Largest() as largest:
+        dots = dot_products(made, made["task0"].keys())
+        out = mixed(made, shares_of(dots, np.random.default_rng(0)), list(made["task0"]))
+    assert largest.numbers == 150
+    assert len(out) == 20
+    assert not any(made.values())  # each was let go of
+
+
+def test_tasks_that_reach_no_parameter_in_common_have_the_cosine_zero() -> None:
+    made = {
+        "a": {"p": torch.ones(2)},
+        "b": {"q": torch.ones(2)},
+        "c": {"p": torch.ones(2), "q": -torch.ones(2)},
+    }
+    dots = dot_products(made, "pq")
+    assert np.array_equal(dots, [[2, 0, 2], [0, 2, -2], [2, -2, 4]])
+    half = 1 / math.sqrt(2)
+    assert cosines(made, dots) == pytest.approx(
+        {"grad/cos_a_b": 0.0, "grad/cos_a_c": half, "grad/cos_b_c": -half}
+    )
+    assert cosines("ab", np.zeros((2, 2))) == {"grad/cos_a_b": 0.0}
 
 
 def test_gradient_surgery_leaves_what_one_head_alone_has(shards: Path) -> None:
@@ -307,6 +352,25 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out(
     objective.step(passes, totals_of(passes, objective), 1)
     assert all(torch.isfinite(parameter).all() for parameter in objective.model.parameters())
     assert not torch.equal(objective.model.speaking_head.weight, before["speaking_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["joint", "independent"])
+def test_fp16_gradients_that_never_are_numbers_end_the_run(
+    shards: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task's alone are enough; a step whose gradients are numbers begins the count anew."""
+    monkeypatch.setattr(training.objective, "OVERFLOWS", 3)
+    recipe = small(f"train.objective={name}")
+    objective = with_scaler(shards, recipe, monkeypatch)
+    passes = some_steps(shards, recipe, 1)[0]
+    factors = [math.inf, math.inf, 1.0, math.inf, math.inf, math.inf]
+    objective.model.speaking_head.weight.register_hook(lambda gradient: gradient * factors[number])
+    for number in range(5):
+        objective.step(passes, totals_of(passes, objective), number)
+    number = 5
+    told = r"last 3 steps up to step 6 are not numbers.*train.precision=float32.*or a lower train.lr"
+    with pytest.raises(UserError, match=told):
+        objective.step(passes, totals_of(passes, objective), number)
 
 
 def stops_with(objective: Objective, passes: list[Batch], act: Callable[[], None] = lambda: None) -> str:

@@ -236,6 +236,59 @@ def test_only_losses_and_scores_are_curves(tmp_path: Path) -> None:
     assert (np.abs(upper) > 40).mean() < 0.01  # the first two panels are as they were
 
 
+TASKS = {
+    "speaking": (0x00, 0x72, 0xB2),
+    "dst_update": (0xD5, 0x5E, 0x00),
+    "response": (0x00, 0x9E, 0x73),
+    "dst_state": (0xCC, 0x79, 0xA7),
+}
+
+
+def panels_of(path: Path) -> dict[str, NDArray[np.uint8]]:
+    """The four panels of a picture with gradients, RGB."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    top, left = (size // 2 for size in pixels.shape[:2])
+    return {
+        "losses": pixels[:top, :left],
+        "scores": pixels[:top, left:],
+        "norms": pixels[top:, :left],
+        "cosines": pixels[top:, left:],
+    }
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_its_colour_in_every_panel(task: str, tmp_path: Path) -> None:
+    """A log of one task alone shows its colour and no other task's; two that are compared show both."""
+    score = {"dst_state": "val/dst_state_joint", "response": "val/loss_response"}.get(task, f"val/{task}_f1")
+    other = "response" if task != "response" else "speaking"
+    log: list[dict[str, float]] = [
+        {"step": step, f"train/loss_{task}": 1.0 + step, f"train/grad_norm_{task}": 2.0 + step, score: 0.5}
+        for step in range(30)
+    ]
+    for row in log:
+        first, second = sorted((task, other), key=list(TASKS).index)
+        row[f"grad/cos_{first}_{second}"] = 0.5
+    curves_picture(log, tmp_path / "a.png")
+    for name, panel in panels_of(tmp_path / "a.png").items():
+        if task == "response" and name == "scores":
+            continue  # its score is a loss
+        seen = {each for each, colour in TASKS.items() if (panel == colour).all(axis=-1).sum() > 50}
+        assert seen == ({task, other} if name == "cosines" else {task}), name
+
+
+def test_a_norm_that_each_step_logs_is_not_drawn_again_where_a_probe_saw_it(tmp_path: Path) -> None:
+    log: list[dict[str, float]] = [
+        {"step": step, "train/grad_norm_speaking": 2.0 + step, "grad/cos_speaking_response": 0.1}
+        for step in range(30)
+    ]
+    curves_picture(log, tmp_path / "without.png")
+    for row in log[::10]:
+        row["grad/norm_speaking"] = 2.0 + row["step"]
+    curves_picture(log, tmp_path / "with.png")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
 def test_curves_of_an_empty_log(tmp_path: Path) -> None:
     curves_picture([], tmp_path / "a.png")
     assert (tmp_path / "a.png").is_file()

@@ -7,12 +7,12 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import polars as pl
 import pytest
+from conftest import put, rows_of
 
 from data_manifests import load_manifest
 from pipeline.dialogs import DialogIndex
@@ -23,7 +23,7 @@ from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.records import Rejects, Session
 from schemas.shards import is_safe_key
-from schemas.tables import TABLES, read_table, validate_labels
+from schemas.tables import TABLES, validate_labels
 
 COARSE = "annotations/coarse-annotations/coarse_labels"
 SPLITS = "annotations/coarse-annotations/coarse_splits"
@@ -33,13 +33,6 @@ HEADER = (
     "id,video,start_frame,end_frame,action_id,verb_id,noun_id,action_cls,verb_cls,noun_cls,toy_id,toy_name"
 )
 HEAD_CAMERA = "HMC_21110305_mono10bit"
-
-
-def put(root: Path, name: str, text: str | bytes) -> Path:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def fine_row(number: int, video: str, start: str, end: str, action: str) -> str:
@@ -310,11 +303,6 @@ def test_each_step_names_its_rows(corpus: Path, tmp_path: Path) -> None:
                 cells = [cell.lstrip("0") for cell in line.replace("\t", ",").split(",")]
                 assert cells[:2] == frames or cells[2:4] == frames
                 assert step["name"].split()[0] in line
-
-
-def rows_of(labels: Path, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_table(labels, name).to_pylist()
-    return rows
 
 
 def test_events_after_the_end_of_the_video_are_rejects(corpus: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import torch
 import yaml
 from tiny_run import rows_of, small, some_steps, trained_by
 
+import training.loop
 import training.runlog
-import training.trainer
+import training.validation
 from pipeline.shards import ShardCache
 from training.batch import Batch
 from training.data import load_sessions
@@ -102,7 +103,7 @@ def found(shards: Path, recipe: Recipe, rank: int, ranks: int) -> dict[str, Any]
 
 
 @contextmanager
-def torchrun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def torchrun(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """Two processes of this file, which end with the test."""
     launcher = [
         sys.executable,
@@ -113,7 +114,7 @@ def torchrun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         "2",
         __file__,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     process = subprocess.Popen(
         [*launcher, *arguments],
         env=environment,
@@ -170,10 +171,11 @@ def test_two_ranks_stop_together_and_one_goes_on_with_the_same_data(shards: Path
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     out = tmp_path / "run"
     arguments = ["train", "--shards", str(shards), "--recipe", str(tmp_path / "mine.yaml"), "--out", str(out)]
-    for step, whom in ((3, "launcher"), (8, "rank 1")):
-        with torchrun(*arguments, "--device", "cpu", "--resume") as process:
+    for step, whom in ((3, "launcher"), (3, "rank 0 in a validation"), (8, "rank 1")):
+        asks = {"STOPS_IN_VALIDATION": "1"} if "validation" in whom else {}
+        with torchrun(*arguments, "--device", "cpu", "--resume", **asks) as process:
             deadline = time.monotonic() + 150
-            while (
+            while not asks and (
                 not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < step
             ):
                 assert process.poll() is None, process.stdout and process.stdout.read()
@@ -181,13 +183,15 @@ def test_two_ranks_stop_together_and_one_goes_on_with_the_same_data(shards: Path
                 time.sleep(0.005)
             if whom == "launcher":
                 process.send_signal(signal.SIGTERM)
-            else:
+            elif whom == "rank 1":
                 children = psutil.Process(process.pid).children()
                 next(child for child in children if child.environ().get("RANK") == "1").terminate()
             told, _ = process.communicate(timeout=60)
         assert process.returncode != 0
         done = len(rows_of(out))
         assert step <= done < 14, told
+        if asks:
+            assert done in (3, 7, 11, 13)  # before the row of a validation
         assert torch.load(out / "checkpoints/latest/trainer.pt", weights_only=True)["step"] == done, told
         assert f"stopped after step {done}, which is saved" in told, told
         assert "only the main process writes" not in told
@@ -206,6 +210,14 @@ def test_two_ranks_stop_together_and_one_goes_on_with_the_same_data(shards: Path
 def _of_a_rank(command: str, *arguments: str) -> None:
     """What each process that `torchrun` starts does."""
     rank = int(os.environ["RANK"])
+    if rank == 0 and "STOPS_IN_VALIDATION" in os.environ:
+        compute = training.validation.decide_teacher
+
+        def stopped(*args: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return compute(*args)
+
+        training.validation.decide_teacher = stopped
     if command == "gradients":
         shards, out = map(Path, arguments)
         torch.save({case: found(shards, recipe_of(case), rank, 2) for case in CASES}, out / f"{rank}.pt")
@@ -216,8 +228,8 @@ def _of_a_rank(command: str, *arguments: str) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("only the main process writes")
 
-        training.trainer.save_model = training.trainer.write_text = refuse  # type: ignore[assignment]
-        training.trainer.curves_picture = training.runlog.write_text = refuse  # type: ignore[assignment]
+        training.loop.save_model = training.loop.save_again = training.loop.write_text = refuse  # type: ignore
+        training.loop.curves_picture = training.runlog.write_text = refuse  # type: ignore[assignment]
     from cli import app
 
     app([command, *arguments])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 import training.recipes
 from schemas.errors import UserError
-from training.recipe import load_recipe
+from training.recipe import Recipe, load_recipe
 
 FOLDER = Path(training.recipes.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -56,6 +58,58 @@ def test_the_independent_recipe_has_an_optimizer_a_task() -> None:
         assert recipe.optimizer_of(task).lr < tiny.train.lr
     assert recipe.data == tiny.data
     assert recipe.model == tiny.model
+
+
+def numbers(settings: type[BaseModel], path: str = "") -> list[str]:
+    """Each setting that takes a number, as ``section.key``."""
+    found: list[str] = []
+    for name, field in settings.model_fields.items():
+        options = [field.annotation, *typing.get_args(field.annotation)]  # of ``X | None``
+        kinds = [typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in options]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += numbers(kind, f"{path}{name}.")
+        found += [f"{path}{name}"] if {int, float} & set(kinds) else []
+    return found
+
+
+NUMBERS = numbers(Recipe)
+
+
+@pytest.mark.parametrize("setting", NUMBERS)
+def test_a_number_is_finite_and_no_switch(setting: str) -> None:
+    for value in ("1e400", "-1e400", ".inf", ".nan", "true", "false", "yes"):
+        with pytest.raises(UserError, match=re.escape(f"{setting}: ")):
+            load_recipe(None, [f"{setting}={value}"])
+
+
+def test_there_are_numbers_of_each_section() -> None:
+    some = {"model.visual_tokens", "model.lora.dropout", "data.state_noise", "data.rows_at_once", "train.lr"}
+    assert some | {"tasks.dst_state.optimizer.weight_decay", "tasks.speaking.patience"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "value", ["0.25", "[1]", "[1, 2, 3]", "[true, 0.5]", "[.inf, 1]", "[-1, 1]", "{a: 1}", "many"]
+)
+def test_alpha_is_a_weight_a_class(value: str) -> None:
+    focal = "tasks.speaking.loss=focal"
+    assert load_recipe(None, [focal, "tasks.speaking.alpha=[0.25, 0.75]"]).tasks.speaking.alpha == (
+        0.25,
+        0.75,
+    )
+    with pytest.raises(UserError, match=r"tasks\.speaking\.alpha"):
+        load_recipe(None, [focal, f"tasks.speaking.alpha={value}"])
+
+
+def test_alpha_says_how_many() -> None:
+    for task, told in (
+        ("speaking", "2 numbers, one a class, for example [0.25, 0.75]"),
+        ("dst_state", "3 numbers, one"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            load_recipe(None, [f"tasks.{task}.loss=focal", f"tasks.{task}.alpha=1"])
+    with pytest.raises(UserError, match="words are no classes"):
+        load_recipe(None, ["tasks.response.loss=focal", "tasks.response.alpha=[1, 2]"])
 
 
 def test_an_unknown_recipe_names_those_there_are() -> None:

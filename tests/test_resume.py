@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -31,13 +32,15 @@ from tiny_run import (
 )
 from typer.testing import CliRunner
 
+import training.loop
 import training.trainer
 from cli import app
 from pipeline.locks import folder_lock
 from pipeline.shards import ShardCache
 from schemas.errors import UserError
+from training.batch import Batch
 from training.data import SessionData
-from training.model import load_trained
+from training.model import DSTSmolVLM, load_trained
 from training.recipe import Recipe
 from training.stop import SAME_REQUEST_S, SIGNALS, StopRequest, children_that_stay
 from training.trainer import Stopped, require_same_recipe, train
@@ -98,6 +101,82 @@ def test_a_resumed_run_that_was_done_is_done(shards: Path, whole: Path) -> None:
     assert row == max(
         (row for row in rows_of(whole) if "val/combined" in row), key=lambda row: row["val/combined"]
     )
+
+
+def test_a_stop_in_a_validation_leaves_it_to_the_resumed_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for between two of its passes, in the same one twice, and in that of the last step."""
+    out, recipe = tmp_path / "run", small("data.rows_at_once=1")
+    train(shards, recipe, tmp_path / "whole", device="cpu")
+    compute, passes, begin = DSTSmolVLM.hidden, 0, 0
+
+    def ask_in_the_second_pass(model: DSTSmolVLM, batch: Batch) -> torch.Tensor:
+        nonlocal passes
+        passes += torch.is_inference_mode_enabled() and len(rows_of(out)) >= begin
+        if passes == 2:
+            ask_to_stop()
+        return compute(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSTSmolVLM, "hidden", ask_in_the_second_pass)
+        for begin in (3, 3, 7, 11):
+            passes = 0
+            with pytest.raises(Stopped) as stopped:
+                train(shards, recipe, out, device="cpu", resume=True)
+            assert passes == 2  # of more
+            assert stopped.value.step == len(rows_of(out)) == begin
+    train(shards, recipe, out, device="cpu", resume=True)
+    assert left_by(out) == left_by(tmp_path / "whole")
+    assert len(rows_of(out)) == 12
+
+
+def test_a_step_is_saved_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is asked to stop at a step that is saved anyhow."""
+    saved: list[str] = []
+    save = training.loop.save_model
+    monkeypatch.setattr(training.loop, "save_model", lambda *args: [saved.append(args[2].name), save(*args)])
+    recipe = small("train.save_every=2")
+    for stop_at, calls in ((1, 1), (2, 1), (4, 1), (5, 1)):
+        saved.clear()
+        with pytest.raises(Stopped):
+            train(
+                shards,
+                recipe,
+                tmp_path / "run",
+                device="cpu",
+                resume=True,
+                on_step=at_step(stop_at, ask_to_stop),
+            )
+        assert len(saved) == calls, stop_at
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_is_saved_under_several_names_has_its_weights_on_the_disk_once(
+    shards: Path, tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    recipe = small("train.steps=2", "train.eval_every=1")
+    train(shards, recipe, tmp_path / "run", device="cpu")
+    folders = list((tmp_path / "run/checkpoints").iterdir())
+    state = torch.load(tmp_path / "run/checkpoints/latest/trainer.pt", weights_only=True)
+    step_of = {"latest": 2} | {name: int(step) for name, (_, step, _) in state["selection"].items()}
+    assert {folder.name for folder in folders} == step_of.keys()
+    for one in folders:
+        assert load_trained(one) is not None
+        for other in folders:
+            files = [folder / "model.safetensors" for folder in (one, other)]
+            same = step_of[one.name] == step_of[other.name]
+            assert (files[0].read_bytes() == files[1].read_bytes()) == same
+            assert os.path.samefile(*files) == (same if has_links else one == other)
+            assert os.path.samefile(one / "config.json", other / "config.json") == (one == other)
+    # trainer.pt has AdamW's two moments, not the weights once more
+    weights = (tmp_path / "run/checkpoints/latest/model.safetensors").stat().st_size
+    assert (tmp_path / "run/checkpoints/latest/trainer.pt").stat().st_size < 2.2 * weights
 
 
 def in_a_process(shards: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -334,7 +413,9 @@ def test_a_damaged_or_missing_state_is_one_sentence(shards: Path, stopped: Path)
     whole_file = state.read_bytes()
     for content in (b"", whole_file[: len(whole_file) // 2]):
         state.write_bytes(content)
-        with pytest.raises(UserError, match=r"trainer.pt cannot be read .* it is damaged"):
+        with pytest.raises(
+            UserError, match=r"trainer.pt cannot be read, or the weights beside it .* start a new run"
+        ):
             train(shards, small(), stopped, device="cpu", resume=True)
     state.unlink()
     with pytest.raises(UserError, match="nothing to resume"):

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from typer.testing import CliRunner
 from cli import app
 from schemas.errors import UserError
 from training.recipe import load_recipe
-from training.runs import read_runs, records
+from training.runs import read_runs, records, table
 from training.trainer import train
 
 SCORES = ("speaking_f1", "dst_update_f1", "dst_state_macro_f1", "dst_state_joint")
@@ -43,11 +42,6 @@ def a_run(folder: Path, combined: dict[int, float], last: int, *changes: str) ->
     return folder
 
 
-def long_ago(folder: Path) -> Path:
-    os.utime(folder / "log.jsonl", (1e9, 1e9))
-    return folder
-
-
 def dst(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["runs", *map(str, arguments)])
 
@@ -55,7 +49,7 @@ def dst(*arguments: object) -> Result:
 def test_the_best_comes_first_at_its_best_step(tmp_path: Path) -> None:
     a_run(tmp_path / "low", {50: 0.3, 100: 0.2}, 100)
     a_run(tmp_path / "high", {20: 0.5, 40: 0.7, 60: 0.7, 80: math.nan, 100: 0.6}, 100, "data.blind=true")
-    long_ago(a_run(tmp_path / "none", {}, 7))
+    a_run(tmp_path / "none", {}, 7)
     a_run(tmp_path / "lost", {50: math.nan, 100: math.nan}, 100)
     lost = tmp_path / "lost/log.jsonl"
     lost.write_text(lost.read_text().replace("NaN", "null"))  # as the log says it
@@ -70,22 +64,32 @@ def test_the_best_comes_first_at_its_best_step(tmp_path: Path) -> None:
 
 
 def test_whether_it_goes_on(tmp_path: Path) -> None:
-    """Written a moment ago, it may; out of patience in every task, it does not, however many steps are left."""
+    """It does while a process holds its folder; out of patience in every task, it is done, with steps left or not."""
     patience = [f"tasks.{task}.patience=2" for task in ("speaking", "dst_update", "response", "dst_state")]
-    a_run(tmp_path / "now", {10: 0.5}, 15)
-    long_ago(a_run(tmp_path / "then", {10: 0.5}, 15))
-    long_ago(a_run(tmp_path / "over", {10: 0.5, 20: 0.4, 30: 0.3}, 30, *patience))
-    long_ago(a_run(tmp_path / "patient", {10: 0.5, 20: 0.4, 30: 0.3}, 30, *patience[1:]))
+    now = a_run(tmp_path / "now", {10: 0.5}, 15)
+    a_run(tmp_path / "ended", {10: 0.5}, 15)
+    a_run(tmp_path / "over", {10: 0.5, 20: 0.4, 30: 0.3}, 30, *patience)
+    a_run(tmp_path / "patient", {10: 0.5, 20: 0.4, 30: 0.3}, 30, *patience[1:])
     # a task that is frozen stays so, though it becomes better by what the others learn
     slower = [*patience[:3], "tasks.dst_state.patience=3", "tasks.dst_state.metric=val/loss_response"]
-    frozen = long_ago(a_run(tmp_path / "frozen", {}, 50, *slower, "train.on_plateau=freeze_task"))
+    frozen = a_run(tmp_path / "frozen", {}, 50, *slower, "train.on_plateau=freeze_task")
     rows = [json.loads(line) for line in (frozen / "log.jsonl").read_text().splitlines()]
     for step, value in {10: 0.5, 20: 0.4, 30: 0.3, 40: 0.6, 50: 0.6}.items():
         rows[step - 1] |= scores(value) | {"val/loss_response": step / 100}
     (frozen / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    states = {run.name: run.state for run in read_runs(tmp_path)[0]}
-    assert states.pop("frozen") == "finished"
-    assert states == {"now": "running?", "then": "stopped", "over": "finished", "patient": "stopped"}
+    code = (
+        "import sys; from pathlib import Path; from pipeline.locks import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1]), 0, 1, print): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(now)]
+    others = {"ended": "stopped", "over": "finished", "patient": "stopped", "frozen": "finished"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == "held\n"
+        assert {run.name: run.state for run in read_runs(tmp_path)[0]} == {"now": "running", **others}
+        writer.kill()
+    assert {run.name: run.state for run in read_runs(tmp_path)[0]} == {"now": "stopped", **others}
+    assert (now / ".lock").is_file()  # it is there for ever: that is no sign
 
 
 def test_a_line_that_a_kill_cut(tmp_path: Path) -> None:
@@ -104,6 +108,7 @@ def test_broken_runs_are_named_and_the_others_shown(tmp_path: Path) -> None:
     log.write_text(log.read_text().replace('"val/combined": 0.5', '"val/combined": 0.'))
     (a_run(tmp_path / "stepless", {}, 15) / "log.jsonl").write_text("[1]\n")
     (tmp_path / "pictures").mkdir()  # no run at all
+    assert dst(tmp_path / "torn").exit_code == 1  # nothing could be shown
     (tmp_path / "notes.txt").write_text("mine")
     result = dst(tmp_path)
     assert (result.exit_code, result.exception) == (0, None)
@@ -168,6 +173,21 @@ def test_a_run_with_inline_speech_may_select_by_what_only_it_measures(tmp_path: 
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [run], broken = read_runs(tmp_path)
     assert (run.scores["val/matched_f1"], broken) == (0.25, {})
+
+
+def test_what_cannot_be_compared_is_marked(tmp_path: Path) -> None:
+    """`combined` of inline speech is a mean of one score more; a column that no run fills is left out."""
+    a_run(tmp_path / "branch", {50: 0.4}, 100)
+    header, rows = table(read_runs(tmp_path)[0])
+    assert not {"mean of", "matched"} & set(header)
+    log = a_run(tmp_path / "inline", {50: 0.3}, 100, "data.speech=inline") / "log.jsonl"
+    log.write_text(log.read_text().replace('"val/combined"', '"val/matched_f1": 0.25, "val/combined"'))
+    header, rows = table(read_runs(tmp_path)[0])
+    shown = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [(row["run"], row["combined"], row["mean of"], row["matched"]) for row in shown] == [
+        ("branch", 0.4, 3, None),
+        ("inline", 0.3, 4, 0.25),
+    ]
 
 
 def test_records_keep_scores_that_the_table_does_not_know(tmp_path: Path) -> None:

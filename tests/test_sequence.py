@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from training.batch import collate, pack
 from training.losses import IGNORE
-from training.sequence import STATE_TAGS, SequenceBuilder, Words
+from training.sequence import STATE_TAGS, SequenceBuilder, Words, shown_steps
 
 STEPS = ("attach the red wheel", "attach the blue cabin", "attach the green roof")
 WORDS = (
@@ -85,8 +85,8 @@ def test_a_long_plan_shows_the_steps_around_the_first_open_one(tiny_model: Path)
     window = builder.window("Assemble the crane", names, state, 0, 2, [])
     assert window.shown.tolist() == list(range(18, 26))
     assert "\n21. to do: step number 20" in builder.tokenizer.decode(window.tokens)
-    assert builder.shown_steps(np.full(40, 2, np.int8)).tolist() == list(range(32, 40))
-    assert builder.shown_steps(np.zeros(40, np.int8)).tolist() == list(range(8))
+    assert shown_steps(np.full(40, 2, np.int8), 8).tolist() == list(range(32, 40))
+    assert shown_steps(np.zeros(40, np.int8), 8).tolist() == list(range(8))
 
 
 @given(

@@ -251,19 +251,21 @@ def test_transitions_say_what_changed() -> None:
         st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=20
     )
 )
-def test_the_validator_keeps_what_moves_forward_and_counts_the_rest(
+def test_the_validator_keeps_what_moves_forward_and_names_the_rest(
     predictions: list[list[tuple[int, bool]]],
 ) -> None:
     validator = StateValidator([0, 0, 0])
-    held, proposed, refused = [0, 0, 0], 0, 0
+    held, proposed = [0, 0, 0], 0
     for predicted in predictions:
+        refused = []
         for step, (state, sure) in enumerate(predicted):
             proposed += state != held[step]
             if state < held[step] or (held[step] == 0 and state == 2 and not sure):
-                refused += 1
+                refused.append(step)
             else:
                 held[step] = state
         states = np.array([state for state, _ in predicted])
         probability = np.array([0.96 if sure else 0.94 for _, sure in predicted])
-        assert validator.update(states, probability).tolist() == held
-    assert (validator.proposed, validator.rejected) == (proposed, refused)
+        assert validator.update(states, probability).tolist() == refused
+        assert validator.state.tolist() == held
+    assert validator.proposed == proposed

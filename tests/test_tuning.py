@@ -17,7 +17,7 @@ from training.checkpoint import save_model
 from training.model import HEADS, DSTSmolVLM, load_trained
 from training.recipe import load_recipe
 from training.trainer import build, train
-from training.tuning import choose_trained
+from training.tuning import choose_trained, merged_state
 
 LORA = ("model.tune=lora", "model.lora.rank=4", "model.lora.alpha=8")
 NEW = ("visual_adapter.", "speaking_head.", "dst_update_head.", "dst_state_head.")
@@ -67,7 +67,7 @@ def test_a_saved_model_with_adapters_is_an_ordinary_one_that_says_the_same(
     assert {name for name in moved if ".lora_" not in name and not name.startswith(NEW)} == set()
     assert any("lora_B" in name for name in moved)
     cache = ShardCache(shards)
-    save_model(objective.model, build(recipe, cache)[1], tmp_path / "saved")
+    save_model(objective.model, build(recipe, cache)[1], tmp_path / "saved", merged_state(objective.model))
     loaded = load_trained(tmp_path / "saved").eval()
     assert {name for name, _ in loaded.named_parameters()} == set(weights_of(build(small(), cache)[0]))
     objective.model.eval()

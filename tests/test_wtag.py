@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from conftest import put
 
 from pipeline.prepare import Counts, prepare
 from pipeline.sample.corpus import write_sample
@@ -24,12 +25,6 @@ INSTRUCTOR = "TextASR/InstructorAnnotations_intent.txt"
 USER = "TextASR/UserAnnotations_intent.txt"
 DEPENDS = "recordings whose split depends on which others are there: the whole of wtag has 56"
 FIRST = 637_512_345_678_901_234  # ticks since the year 1, which no float holds exactly
-
-
-def put(folder: Path, name: str, text: str | bytes) -> None:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def row(start_s: float, end_s: float, *cells: str) -> str:

@@ -1,6 +1,7 @@
 """Predictors that never look at the video: what a trained model must beat, scored by the same rules.
 
-Each takes a session's true track for its number of ticks and steps alone, and reads nothing else of it.
+Most take a session's true track for its number of ticks and steps alone, and read nothing else of it; two know more,
+and say so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.states import COMPLETED, IN_PROGRESS, NOT_STARTED
+from schemas.states import COMPLETED, IN_PROGRESS, NOT_STARTED, STATE_NAMES
 from training.matched import BAG_OF_WORDS, Similarity
 from training.metrics import Scores, score
 from training.traces import Trace, Track
@@ -44,6 +45,22 @@ def always_speak(truth: Track) -> Track:
     return Track(always, always, _initial(truth), ("",) * truth.num_ticks)
 
 
+def never_update(truth: Track, window_ticks: int | None) -> Track:
+    """Keeps the true state that it is given at the start of each window; free-running, none ever is."""
+    kept = copy_initial(truth)
+    if window_ticks is None:
+        return kept
+    state = kept.state.copy()
+    for first in range(window_ticks, truth.num_ticks, window_ticks):
+        state[first : first + window_ticks] = truth.state[first - 1]
+    return replace(kept, state=state)
+
+
+def majority(truth: Track, most: int) -> Track:
+    """Every step is always in the state that is the most frequent one; no update, no word."""
+    return replace(copy_initial(truth), state=np.full_like(truth.state, most))
+
+
 def _initial(truth: Track) -> NDArray[np.int8]:
     return np.full(truth.state.shape, NOT_STARTED, dtype=np.int8)
 
@@ -58,8 +75,22 @@ BASELINES: dict[str, Callable[[Track], Track]] = {
 }
 
 
-def score_baselines(traces: Sequence[Trace], similarity: Similarity = BAG_OF_WORDS) -> dict[str, Scores]:
-    """Score every baseline on the truth of these sessions, under the keys of `training.metrics.score`."""
+def score_baselines(
+    traces: Sequence[Trace], similarity: Similarity | None = BAG_OF_WORDS, window_ticks: int | None = None
+) -> dict[str, Scores]:
+    """Score every baseline on the truth of these sessions, under the keys of `training.metrics.score`.
+
+    Args:
+        similarity: None scores no words.
+        window_ticks: of teacher-forced windows; None where a session runs free.
+    """
+    counts = sum(np.bincount(trace.truth.state.ravel(), minlength=len(STATE_NAMES)) for trace in traces)
+    most = int(np.argmax(counts))
+    predictors: dict[str, Callable[[Track], Track]] = {
+        **BASELINES,
+        "never_update": lambda truth: never_update(truth, window_ticks),
+        "majority": lambda truth: majority(truth, most),
+    }
     return {
         name: score(
             [
@@ -69,11 +100,11 @@ def score_baselines(traces: Sequence[Trace], similarity: Similarity = BAG_OF_WOR
                     speak_score=None,
                     update_score=None,
                     proposed_transitions=0,
-                    rejected_transitions=0,
+                    rejections=(),
                 )
                 for trace in traces
             ],
             similarity=similarity,
         )
-        for name, predict in BASELINES.items()
+        for name, predict in predictors.items()
     }

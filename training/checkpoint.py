@@ -4,48 +4,95 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from schemas.errors import UserError
 from schemas.files import replacing_folder
 from training.model import DSTSmolVLM
 from training.sequence import SequenceBuilder
-from training.tuning import merged_state
 
 STATE = "trainer.pt"
+WEIGHTS = "*.safetensors"
+
+
+def checkpoint_of(run: Path, checkpoint: str) -> Path:
+    """The folder of a run's checkpoint.
+
+    Raises:
+        UserError: not a run, or it has no such checkpoint.
+    """
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a run (no run.json); give a folder made by 'dst train'")
+    there = sorted(path.name for path in (run / "checkpoints").glob("[!.]*"))
+    if checkpoint not in there:
+        told = ", ".join(there) or "none yet"
+        raise UserError(f"{run} has no checkpoint {checkpoint!r} (there are: {told})")
+    return run / "checkpoints" / checkpoint
 
 
 def save_model(
     model: DSTSmolVLM,
     builder: SequenceBuilder,
     folder: Path,
+    tensors: Mapping[str, torch.Tensor],
     state: dict[str, Any] | None = None,
-    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A checkpoint that `training.model.load_trained` reads, in place of the one that was there, or not at all.
 
     Args:
-        state: what a run needs to go on; tensors, numbers and text in dictionaries and lists.
-        tensors: the model's, put together, where it lies in parts.
+        tensors: the model's, as `training.tuning.merged_state` gives them, put together where it lies in parts.
+        state: what a run needs to go on beside them; tensors, numbers and text in dictionaries and lists.
 
     Raises:
         UserError: it cannot be written, for want of room say; the checkpoint that was there is whole.
     """
-    tensors = merged_state(model) if tensors is None else tensors
+    with _saving(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=dict(tensors))
+        builder.tokenizer.save_pretrained(temporary)
+        for weights in temporary.glob(WEIGHTS):  # which are written for their owner alone
+            weights.chmod((temporary / "config.json").stat().st_mode)
+        if state is not None:
+            _write_state(model, temporary, tensors, state)
+
+
+def save_again(
+    model: DSTSmolVLM,
+    saved: Path,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    state: dict[str, Any] | None = None,
+) -> None:
+    """What `save_model` has just saved, under another name: weights take their room once, since both names have them.
+
+    Nothing writes into a checkpoint that is there: one that is replaced is another folder.
+
+    Raises:
+        UserError: it cannot be written; the checkpoint that was there is whole.
+    """
+    with _saving(folder) as temporary:
+        for file in saved.iterdir():
+            if file.match(WEIGHTS):
+                _link(file, temporary / file.name)
+            else:
+                shutil.copy(file, temporary)
+        if state is not None:
+            _write_state(model, temporary, tensors, state)
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder``; what goes wrong in a system call is told in a sentence."""
     try:
         with replacing_folder(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=tensors)
-            builder.tokenizer.save_pretrained(temporary)
-            for weights in temporary.glob("*.safetensors"):  # which are written for their owner alone
-                weights.chmod((temporary / "config.json").stat().st_mode)
-            if state is not None:
-                own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-                trained = {n: tensors.get(n, p).detach().cpu() for n, p in own.items()}
-                with (temporary / STATE).open("wb") as file:  # of a path, torch does not say what went wrong
-                    torch.save(state | {"parameters": trained}, file)
+            yield temporary
     except UserError:
         raise
     except Exception as error:
@@ -56,6 +103,24 @@ def save_model(
             f"{folder} could not be saved ({os.strerror(reason)}); the checkpoint before is whole: make room and "
             "go on with --resume"
         ) from error
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        name.hardlink_to(file)
+    except OSError:  # not every file system has links
+        shutil.copy(file, name)
+
+
+def _write_state(
+    model: DSTSmolVLM, folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]
+) -> None:
+    """What a run needs to go on; of the parameters that are trained, those that are not among the folder's weights."""
+    there = {name for file in folder.glob(WEIGHTS) for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {n: None if n in there else tensors.get(n, p).detach().cpu() for n, p in own.items()}
+    with (folder / STATE).open("wb") as file:  # of a path, torch does not say what went wrong
+        torch.save(state | {"parameters": parameters}, file)
 
 
 def _system_error(error: BaseException | None) -> int | None:
@@ -81,9 +146,12 @@ def load_state(model: DSTSmolVLM, folder: Path) -> dict[str, Any]:
         )
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name: p for file in folder.glob(WEIGHTS) for name, p in load_file(file).items()}
+        saved = {n: weights[n] if p is None else p for n, p in state.pop("parameters").items()}
     except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); it is damaged") from error
-    saved = state.pop("parameters")
+        raise UserError(
+            f"{path} cannot be read, or the weights beside it ({type(error).__name__}); start a new run"
+        ) from error
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: tuple(p.shape) for n, p in own.items()} != {n: tuple(p.shape) for n, p in saved.items()}:
         raise UserError(f"{path} is of another model than the recipe's; resume with the run's own recipe")

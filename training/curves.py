@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from training.drawing import DPI, INK, WIDTH, dress, say, write_figure
+from training.recipe import TASK_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito, which remain apart under every common colour blindness.
-_LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+Log = Sequence[Mapping[str, float]]
+
+# Of Okabe and Ito, which remain apart under every common colour blindness. A task has its colour in every panel.
+_TASK_COLOURS = dict(zip(TASK_NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
+_STYLES = ("-", "--", ":", "-.")
 
 
-def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
+def curves_picture(log: Log, path: Path) -> None:
     """Draw a training log as a PNG: losses by step and validation scores; below them, where the log has tasks'
     gradients, their norms and the cosines between each two.
 
     Args:
         log: rows with ``step`` and any of ``train/loss*`` and ``val/loss_*`` (losses), other ``val/*`` (scores),
-            ``grad/norm_*`` or ``train/grad_norm_*`` (norms) and ``grad/cos_*`` (cosines); other names are not drawn.
+            ``train/grad_norm_*`` or else ``grad/norm_*`` (norms) and ``grad/cos_*`` (cosines); other names are not
+            drawn.
         path: the file to write.
     """
     from matplotlib.figure import Figure
@@ -32,7 +37,9 @@ def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
     losses = [name for name in names if name.startswith(("train/loss", "val/loss"))]
     scores = [name for name in names if name.startswith("val/") and name not in losses]
     cosines = [name for name in names if name.startswith("grad/cos_")]
-    norms = [name for name in names if name.startswith(("grad/norm_", "train/grad_norm_"))]
+    # of independent each step's are logged; those that a probe has seen are the same, now and then
+    norms = [name for name in names if name.startswith("train/grad_norm_")]
+    norms = norms or [name for name in names if name.startswith("grad/norm_")]
     rows = 2 if cosines else 1
     figure = Figure(figsize=(WIDTH, 4.8 * rows), dpi=DPI, facecolor="white")
     panels = [
@@ -57,26 +64,42 @@ def curves_picture(log: Sequence[Mapping[str, float]], path: Path) -> None:
     write_figure(figure, path)
 
 
-def _draw_curves(
-    axes: Axes, log: Sequence[Mapping[str, float]], names: Sequence[str], title: str, smooth: bool
-) -> None:
+def _draw_curves(axes: Axes, log: Log, names: Sequence[str], title: str, smooth: bool) -> None:
     axes.set_title(title, fontsize=12, fontweight="bold", color=INK, loc="left")
     dress(axes, "step")
     if not names:
         say(axes, 0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center")
-    for place, name in enumerate(names):
+    drawn: list[tuple[str, ...]] = []
+    for name in names:
         rows = [(row["step"], row[name]) for row in log if name in row]
         steps, values = np.array(rows, dtype=np.float64).T
-        colour = _LINE_COLOURS[place % len(_LINE_COLOURS)]
+        tasks = _tasks_of(name)
+        look = _look(tasks, drawn.count(tasks))
+        drawn.append(tasks)
         window = max(1, len(values) // 40) if smooth else 1
         if window > 1:
-            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
+            axes.plot(steps, values, color=look["color"], lw=0.6, alpha=0.3)
             steps, values = steps[window - 1 :], np.convolve(values, np.full(window, 1 / window), "valid")
-        line = "-" if place < len(_LINE_COLOURS) else "--"
-        marker = "o" if len(values) <= 40 else ""
-        axes.plot(steps, values, color=colour, lw=1.8, ls=line, marker=marker, ms=3.5, label=_label(name))
+        marker = "o" if len(values) <= (40 if len(tasks) < 2 else 1) else ""
+        axes.plot(steps, values, lw=1.8, marker=marker, ms=3.5, label=_label(name), **look)
     if names:
-        axes.legend(fontsize=8, frameon=False, ncols=1 + (len(names) > 5), labelcolor=INK)
+        look = {"frameon": False, "labelcolor": INK, "handlelength": 3.6}  # as long as a line of dashes needs
+        axes.legend(fontsize=8, ncols=1 + (len(names) > 5), **look)
+
+
+def _tasks_of(name: str) -> tuple[str, ...]:
+    """The task that a number of the log is of, the two whose gradients it compares, or none."""
+    if name.startswith("grad/cos_"):
+        pair = name.removeprefix("grad/cos_")
+        return tuple(task for task in TASK_NAMES if pair.startswith(f"{task}_") or pair.endswith(f"_{task}"))
+    return tuple(task for task in TASK_NAMES if task in name)
+
+
+def _look(tasks: Sequence[str], place: int) -> dict[str, Any]:
+    """A line in its task's colour, of another kind for each of the task's numbers; in both colours between two."""
+    if len(tasks) == 2:
+        return {"color": _TASK_COLOURS[tasks[0]], "ls": (0, (4, 4)), "gapcolor": _TASK_COLOURS[tasks[1]]}
+    return {"color": _TASK_COLOURS[tasks[0]] if tasks else INK, "ls": _STYLES[place % len(_STYLES)]}
 
 
 def _label(name: str) -> str:
@@ -86,5 +109,5 @@ def _label(name: str) -> str:
             label = name.removeprefix(prefix)
             return f"{label.removeprefix('loss_')}, val" if label.startswith("loss_") else label
     if name.startswith("grad/cos_"):
-        return name.removeprefix("grad/cos_").replace("dst_", "").replace("_", " · ")
+        return " · ".join(task.removeprefix("dst_") for task in _tasks_of(name))
     return "all, weighted" if name == "train/loss" else name

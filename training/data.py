@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pipeline.shards import LabelledSession, ShardCache
 from schemas.errors import UserError
 from training.batch import Example
-from training.metrics import near_transition
 from training.sequence import SequenceBuilder, Window, Words
-from training.traces import Track
+from training.tally import near_transition
+from training.traces import Trace, Track
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,25 @@ def _session(cache: ShardCache, labels: LabelledSession, blind: bool) -> Session
         truth=truth,
         near=near_transition(truth),
         blind=blind,
+    )
+
+
+def true_trace(session: SessionData) -> Trace:
+    """A session whose prediction is the truth."""
+    meta = session.labels.meta
+    return Trace(
+        session_id=session.session_id,
+        tick_hz=meta["tick_hz"],
+        first_tick=session.first_tick,
+        step_names=session.step_names,
+        truth=session.truth,
+        predicted=session.truth,
+        speak_score=None,
+        update_score=None,
+        source=meta["source"],
+        video_id=meta["video_id"],
+        goal=session.goal,
+        heard=tuple((w.tick - session.first_tick, w.text) for w in session.words if w.role == "user"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +12,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from training.gate import Decisions
 from training.model import DSTSmolVLM
 from training.sequence import SequenceBuilder, Window, Words
-from training.speech import append, utterances
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """Heads 1, 2 and 4 on ``T`` ticks of one window with ``K`` shown steps: probabilities.
-
-    ``speaking`` and ``dst_update`` float32 ``[T]``, ``state`` float32 ``[T, K, 3]``.
-    """
-
-    speaking: NDArray[np.float32]
-    dst_update: NDArray[np.float32]
-    state: NDArray[np.float32]
+from training.speech import MAX_WORDS_TOKENS, append, utterances
 
 
 @dataclass(frozen=True)
@@ -54,6 +44,9 @@ class LiveWindows:
         self.trunk = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.speech = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # the trunk's next
+        self._tokens = functools.lru_cache(maxsize=64)(
+            self._tokens_of
+        )  # of most ticks: a picture, nothing said
         self.num_steps = [len(start.step_at) for start in starts]
         hidden, _ = self._observe([start.tokens for start in starts], None)
         most = max(self.num_steps)
@@ -69,9 +62,9 @@ class LiveWindows:
         features = np.stack([tick.features for tick in ticks if tick])
         _, last = self._observe(tokens, torch.from_numpy(features).to(self.model.device))
         logits = self.model.decide(last, self.steps)
-        speaking, update, state = (each.softmax(-1).cpu().numpy() for each in logits)
+        speaking, update, state = (each.cpu().numpy() for each in logits)
         return [
-            Decisions(speaking[row : row + 1, 1], update[row : row + 1, 1], state[row : row + 1, :steps])
+            Decisions(speaking[row : row + 1], update[row : row + 1], state[row : row + 1, :steps])
             if tick
             else None
             for row, (tick, steps) in enumerate(zip(ticks, self.num_steps, strict=True))
@@ -90,7 +83,13 @@ class LiveWindows:
             self.position = self.spoken_at
         return {row: self.builder.text_of(answers[row]) for row in rows}
 
-    def _tokens(self, said: Sequence[str]) -> NDArray[np.int64]:
+    def has_room(self, said: tuple[str, ...]) -> bool:
+        """Whether each window has positions left for a tick at which that is heard and as much is said as can be."""
+        most = len(self._tokens(said)) + len(self.builder.assistant_prefix) + MAX_WORDS_TOKENS + 1
+        positions: int = self.model.config.text_config.max_position_embeddings
+        return int(self.position.max()) + most <= positions
+
+    def _tokens_of(self, said: tuple[str, ...]) -> NDArray[np.int64]:
         """What a window holds for one tick."""
         plan = ("", (), np.zeros(0, dtype=np.int8))
         words = [Words(0, "user", text) for text in said]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from training.traces import Trace
+from training.traces import Trace, Track
 
 WINDOWS_S = {
     "assembly101": (2.0, 4.0),
@@ -109,41 +109,24 @@ def match_words(
     ]
 
 
-def matched_scores(traces: Sequence[Trace], similarity: Similarity = BAG_OF_WORDS) -> dict[str, Any]:
-    """Precision, recall, F1, Jaccard index, missing and redundant rate, counted over all sessions together.
+def match_trace(trace: Trace, similarity: Similarity = BAG_OF_WORDS) -> list[Pair]:
+    """`match_words` on what a session's prediction says and what its truth does, in its corpus' window."""
+    window = window_ticks(trace.source, trace.tick_hz)
+    return match_words(utterances(trace.predicted), utterances(trace.truth), window, similarity)
 
-    Returns:
-        Shares in [0, 1], 0.0 for a share of nothing, and ``time_diff``, the mean distance in seconds of the pairs that
-        mean the same; None where there are none.
-    """
-    pairs = alike = missed = redundant = 0
-    seconds: list[float] = []
-    for trace in traces:
-        said, meant = (
-            [(int(tick), track.responses[tick] or "") for tick in np.flatnonzero(track.speak)]
-            for track in (trace.predicted, trace.truth)
-        )
-        found = match_words(said, meant, window_ticks(trace.source, trace.tick_hz), similarity)
-        good = [pair for pair in found if pair.similarity > ALIKE]
-        pairs, alike = pairs + len(found), alike + len(good)
-        missed, redundant = missed + len(meant) - len(found), redundant + len(said) - len(found)
-        seconds += [pair.distance / trace.tick_hz for pair in good]
-    return {
-        "precision": _share(alike, pairs + redundant),
-        "recall": _share(alike, pairs + missed),
-        "f1": _share(2 * alike, 2 * pairs + redundant + missed),
-        "jaccard": _share(alike, pairs + missed + redundant),
-        "missing_rate": _share(missed, pairs + missed),
-        "redundant_rate": _share(redundant, pairs + redundant),
-        "time_diff": sum(seconds) / len(seconds) if seconds else None,
-    }
+
+def alike_words(trace: Trace, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """What was said and what should have been, of the pairs that mean the same."""
+    said, meant = utterances(trace.predicted), utterances(trace.truth)
+    return [(said[pair.said][1], meant[pair.meant][1]) for pair in pairs if pair.similarity > ALIKE]
+
+
+def utterances(track: Track) -> list[tuple[int, str]]:
+    """What a track says, each with its tick; "" where it speaks without words."""
+    return [(int(tick), track.responses[tick] or "") for tick in np.flatnonzero(track.speak)]
 
 
 def window_ticks(source: str, tick_hz: float) -> tuple[int, int]:
     """A corpus' window in whole ticks (before, after)."""
     before, after = WINDOWS_S.get(source, OTHER_WINDOW_S)
     return int(before * tick_hz), int(after * tick_hz)
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0

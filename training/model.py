@@ -32,7 +32,10 @@ class DSTSmolVLMConfig(SmolVLMConfig):
         window_ticks, max_plan_steps, memory_turns, speech: how windows are written; a live run must do the same.
         speak_by: ``head`` decides with head 1, ``end_of_turn`` with the language model's probability of
             ``end_of_turn_token`` as the next one.
-        speaking_threshold, dst_update_threshold: chosen on the validation part.
+        speaking_threshold, dst_update_threshold, min_gap_ticks: chosen on the validation part; the last is how many
+            ticks lie between two utterances at least.
+        vision: where the features came from: ``model``, ``sha256`` of its vision tower, ``filter`` of the resizing,
+            ``dtype`` that they were kept in.
     """
 
     model_type = "dst_smolvlm"
@@ -48,8 +51,10 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     speech: Literal["branch", "inline"] = "branch"
     speak_by: Literal["head", "end_of_turn"] = "head"
     end_of_turn_token: int = 0
-    speaking_threshold: float = 0.5
-    dst_update_threshold: float = 0.5
+    speaking_threshold: float | None = None
+    dst_update_threshold: float | None = None
+    min_gap_ticks: int = 0
+    vision: dict[str, str] | None = None
 
 
 class VisualAdapter(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from schemas.config import Strict, load_config
 from schemas.errors import UserError
@@ -17,9 +17,25 @@ Objective = Literal["joint", "independent", "uncertainty", "pcgrad"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
-class LoraSettings(Strict):
+class Settings(Strict):
+    """A section of a recipe. Numbers are finite, and true or false is none."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        parts = value if isinstance(value, list) else [value]
+        if not is_switch and any(isinstance(part, bool) for part in parts):
+            raise ValueError("true and false are for switches, and this is none")
+        return value
+
+
+class LoraSettings(Settings):
     """Low-rank adapters on the language model's projections (Hu et al., 2021)."""
 
     rank: Count = 16
@@ -27,7 +43,7 @@ class LoraSettings(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class ModelSettings(Strict):
+class ModelSettings(Settings):
     """Which backbone, how a tick enters it, and what of it is trained."""
 
     init: str | None = None  # a hub name or a folder; none takes the checkpoint the cache was made with
@@ -39,7 +55,7 @@ class ModelSettings(Strict):
     lora: LoraSettings = LoraSettings()
 
 
-class DataSettings(Strict):
+class DataSettings(Settings):
     """How windows are cut, written and batched."""
 
     window_ticks: Count = 64
@@ -67,48 +83,58 @@ class DataSettings(Strict):
         return self
 
 
-class OptimizerSettings(Strict):
+class OptimizerSettings(Settings):
     """AdamW and its schedule."""
 
     lr: Rate = 5e-5  # of the backbone
     head_lr: Rate = 5e-4  # of adapter and heads, which start from nothing
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; cosine ends at a hundredth
     warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: NotNegative = 0.01
     clip_norm: Rate = 1.0
 
 
-class TaskOptimizer(Strict):
+class TaskOptimizer(Settings):
     """What a task's own optimizer has otherwise than the run's."""
 
     lr: Rate | None = None
     head_lr: Rate | None = None
     schedule: Literal["cosine", "constant"] | None = None
     warmup_steps: int | None = Field(None, ge=0)
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: NotNegative | None = None
     clip_norm: Rate | None = None
 
 
-class TaskSettings(Strict):
+class TaskSettings(Settings):
     """One head: its loss, how it is optimised, what its best checkpoint is."""
 
     classes: ClassVar[int]
     loss: LossName = "cross_entropy"
-    weight: float = Field(1.0, ge=0)  # in the sum; 0 leaves the task out
-    gamma: float = Field(2.0, ge=0)  # focal only
-    alpha: tuple[float, ...] | None = None  # focal only: one weight a class
+    weight: NotNegative = 1.0  # in the sum; 0 leaves the task out
+    gamma: NotNegative = 2.0  # focal only
+    alpha: tuple[NotNegative, ...] | None = None  # focal only: one weight a class
     optimizer: TaskOptimizer = TaskOptimizer()  # objective independent only
     metric: str = (
         ""  # the validation score that selects best_<task>; of val/loss_* the lowest, of others the highest
     )
     patience: Count | None = None  # validations without a better score; none never ends
 
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _alpha_is_a_weight_a_class(cls, alpha: Any) -> Any:
+        if alpha is None:
+            return None
+        if cls.classes == 0:
+            raise ValueError("words are no classes, and have no weights of their own; leave it away")
+        if not isinstance(alpha, list | tuple) or len(alpha) != cls.classes:
+            example = {2: "[0.25, 0.75]", 3: "[0.2, 0.6, 0.2]"}[cls.classes]
+            raise ValueError(f"must be {cls.classes} numbers, one a class, for example {example}")
+        return alpha
+
     @model_validator(mode="after")
     def _alpha_is_for_focal(self) -> TaskSettings:
         if self.alpha is not None and self.loss != "focal":
             raise ValueError(f"alpha belongs to the focal loss, not to {self.loss}")
-        if self.alpha is not None and (len(self.alpha) != self.classes or min(self.alpha) < 0):
-            raise ValueError(f"alpha must be {self.classes} numbers of 0 or more, one a class")
         return self
 
 
@@ -139,7 +165,7 @@ class StateTask(TaskSettings):
     near_weight: Rate = 1.0  # of labels within two ticks of a transition; the others weigh 1
 
 
-class Tasks(Strict):
+class Tasks(Settings):
     """The four tasks, a head each."""
 
     speaking: SpeakingTask = SpeakingTask()
@@ -192,7 +218,7 @@ class TrainSettings(OptimizerSettings):
         return self
 
 
-class Recipe(Strict):
+class Recipe(Settings):
     """A whole training run."""
 
     model: ModelSettings = ModelSettings()

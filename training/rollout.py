@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from schemas.states import StateValidator
-from training.batch import Batch, collate
-from training.data import SessionData, make_example, window_starts
-from training.live import Decisions, LiveWindows, Observation
+from training.batch import Batch, Example, collate
+from training.data import SessionData, make_example, true_trace, window_starts
+from training.gate import Course, Decisions, Thresholds
+from training.live import LiveWindows, Observation
 from training.model import DSTSmolVLM
 from training.sequence import SequenceBuilder, Words
 from training.speech import speak
-from training.traces import Trace, Track
+from training.traces import Trace
 
 SESSIONS_AT_ONCE = 16
 """Sessions that advance together: enough that a pass is worth it, few enough that their keys find room."""
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Probabilities from which heads 1 and 2 fire."""
-
-    speaking: float
-    dst_update: float
+POSITIONS_AT_ONCE = 16_384
+"""Positions of a pass that reads true words, where no recipe says what there is room for."""
 
 
-@dataclass
 class _Run:
     """One session on its way through the model."""
 
-    session: SessionData
-    windows: list[tuple[int, int]]
-    validator: StateValidator
-    words: list[Words]
-    speak_score: list[NDArray[np.float32]] = field(default_factory=list)
-    update_score: list[NDArray[np.float32]] = field(default_factory=list)
-    states: list[NDArray[np.int8]] = field(default_factory=list)
-    said: dict[int, str] = field(default_factory=dict)
+    def __init__(self, session: SessionData, window_ticks: int, thresholds: Thresholds) -> None:
+        self.session = session
+        self.windows = list(window_starts(session, window_ticks, phase=0))
+        self.course = Course(session.state_before(session.first_tick), thresholds)
+        self.words = [w for w in session.words if w.role == "user"]
+        self.said: dict[int, str] = {}
 
     def say(self, texts: dict[int, str]) -> None:
         """Take in what the assistant says, by tick."""
@@ -54,17 +44,19 @@ class _Run:
         """What the user says at a tick."""
         return tuple(w.text for w in self.words if w.tick == tick and w.role == "user")
 
+    def trace(self) -> Trace:
+        first = self.session.first_tick
+        return self.course.trace(
+            true_trace(self.session), {tick - first: said for tick, said in self.said.items()}
+        )
+
 
 def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisions]:
     """Decisions for each window of a batch, in the order of its examples."""
     steps = hidden[batch.step_at][batch.window_of_tick]
     speaking, update, state = model.decide(hidden[batch.tick_at], steps)
     owner = batch.window_of_tick.cpu().numpy()
-    arrays = [
-        speaking.softmax(-1)[:, 1].cpu().numpy(),
-        update.softmax(-1)[:, 1].cpu().numpy(),
-        state.softmax(-1).cpu().numpy(),
-    ]
+    arrays = [logits.float().cpu().numpy() for logits in (speaking, update, state)]
     found: dict[int, Decisions] = {}
     for number, example in enumerate(batch.order):
         speak_here, update_here, state_here = (array[owner == number] for array in arrays)
@@ -74,54 +66,59 @@ def decide(model: DSTSmolVLM, batch: Batch, hidden: torch.Tensor) -> list[Decisi
 
 @torch.inference_mode()
 def decide_teacher(
-    model: DSTSmolVLM, builder: SequenceBuilder, sessions: Sequence[SessionData], batch_windows: int = 16
+    model: DSTSmolVLM,
+    builder: SequenceBuilder,
+    sessions: Sequence[SessionData],
+    positions: int = POSITIONS_AT_ONCE,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[Decisions]], float, int]:
     """Decisions for each window of each session, with the true state at its start and all true words.
+
+    Args:
+        positions: of a pass, padding included; a window that has more is computed alone.
+        between: called before each pass.
 
     Returns:
         The decisions of each session's windows, the summed loss of the response head, and the words it is the loss of.
     """
     model.eval()
     loss, words = 0.0, 0
-    jobs = [
-        (number, first, length)
-        for number, session in enumerate(sessions)
-        for first, length in window_starts(session, model.config.window_ticks, phase=0)
-    ]
     found: list[list[Decisions]] = [[] for _ in sessions]
-    for start in range(0, len(jobs), batch_windows):
-        chosen = jobs[start : start + batch_windows]
-        examples = []
-        for number, first, length in chosen:
-            session = sessions[number]
-            state = session.state_before(first)
-            examples.append(make_example(session, builder, first, length, state, session.words))
-        batch = collate(examples, None, builder.pad_token).to(model.device)
-        hidden = model.hidden(batch)
-        for (number, _, _), decisions in zip(chosen, decide(model, batch, hidden), strict=True):
-            found[number].append(decisions)
-        logits = model.project(hidden[batch.response_at])
-        loss += float(torch.nn.functional.cross_entropy(logits, batch.response, reduction="sum"))
-        words += len(batch.response)
+    with _dense_attention(model):
+        for part in _fitting(_true_windows(model, builder, sessions), positions):
+            between()
+            batch = collate([example for _, example in part], None, builder.pad_token).to(model.device)
+            hidden = model.hidden(batch)
+            for (number, _), decisions in zip(part, decide(model, batch, hidden), strict=True):
+                found[number].append(decisions)
+            logits = model.project(hidden[batch.response_at])
+            loss += float(torch.nn.functional.cross_entropy(logits, batch.response, reduction="sum"))
+            words += len(batch.response)
     return found, loss, words
 
 
-def traces_of_teacher(
-    model: DSTSmolVLM,
-    builder: SequenceBuilder,
-    sessions: Sequence[SessionData],
-    decisions: Sequence[Sequence[Decisions]],
-    thresholds: Thresholds,
-) -> list[Trace]:
-    """The gated decisions of teacher-forced windows, without words: the state is set right at each window's start."""
-    traces = []
-    for session, windows in zip(sessions, decisions, strict=True):
-        run = _start(session, model.config.window_ticks)
-        for (first, _), decision in zip(run.windows, windows, strict=True):
-            run.validator.state = session.state_before(first).copy()
-            _advance(run, decision, builder.shown_steps(run.validator.state), thresholds)
-        traces.append(_trace(run, thresholds))
-    return traces
+def _true_windows(
+    model: DSTSmolVLM, builder: SequenceBuilder, sessions: Sequence[SessionData]
+) -> Iterator[tuple[int, Example]]:
+    """Each window with the number of its session, in order, written with the true state and words."""
+    for number, session in enumerate(sessions):
+        for first, length in window_starts(session, model.config.window_ticks, phase=0):
+            state = session.state_before(first)
+            yield number, make_example(session, builder, first, length, state, session.words)
+
+
+def _fitting(windows: Iterator[tuple[int, Example]], positions: int) -> Iterator[list[tuple[int, Example]]]:
+    """Windows by as many as have no more positions together, if all are as long as the longest; at least one."""
+    part: list[tuple[int, Example]] = []
+    longest = 0
+    for window in windows:
+        longest = max(longest, len(window[1].window.tokens))
+        if part and longest * (len(part) + 1) > positions:
+            yield part
+            part, longest = [], len(window[1].window.tokens)
+        part.append(window)
+    if part:
+        yield part
 
 
 @torch.inference_mode()
@@ -130,53 +127,53 @@ def run_free(
     builder: SequenceBuilder,
     sessions: Sequence[SessionData],
     thresholds: Thresholds,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Trace]:
     """What the assistant does on its own: states, memory and words are its own; only the user's words are given.
 
     Sessions advance together, one window at a time.
+
+    Args:
+        between: called before each window.
     """
     model.eval()
     take_window = _branch_window if builder.speech == "branch" else _inline_window
-    runs = [_start(session, model.config.window_ticks) for session in sessions]
+    runs = [_Run(session, model.config.window_ticks, thresholds) for session in sessions]
     with _dense_attention(model):
         for begin in range(0, len(runs), SESSIONS_AT_ONCE):
             group = runs[begin : begin + SESSIONS_AT_ONCE]
             for number in range(max(len(run.windows) for run in group)):
                 active = [run for run in group if number < len(run.windows)]
-                take_window(model, builder, active, number, thresholds)
-    return [_trace(run, thresholds) for run in runs]
+                between()
+                take_window(model, builder, active, number)
+    return [run.trace() for run in runs]
 
 
-def _branch_window(
-    model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int, thresholds: Thresholds
-) -> None:
+def _branch_window(model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int) -> None:
     """Heads 1, 2 and 4 read the observation alone, so one pass decides all ticks; then comes what is said at them."""
     examples = []
     for run in runs:
         first, length = run.windows[number]
         own = [w for w in run.words if w.role == "user" or w.tick < first]
-        examples.append(make_example(run.session, builder, first, length, run.validator.state, own))
+        examples.append(make_example(run.session, builder, first, length, run.course.gate.state, own))
     # One row a window, so that a row's words can follow its own observation.
     batch = collate(examples, None, builder.pad_token).to(model.device)
     hidden, cache = model.hidden_with_cache(batch)
     decisions = decide(model, batch, hidden)
     speaking = []
     for run, decision, example in zip(runs, decisions, examples, strict=True):
-        _advance(run, decision, example.window.shown, thresholds)
-        speaking.append(np.flatnonzero(decision.speaking >= thresholds.speaking))
+        speaking.append(np.array(run.course.take(decision, example.window.shown), dtype=np.int64))
     texts = speak(model, builder, batch, cache, speaking)
     for run, spoken in zip(runs, texts, strict=True):
         run.say({run.windows[number][0] + tick: text for tick, text in spoken.items()})
 
 
-def _inline_window(
-    model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int, thresholds: Thresholds
-) -> None:
+def _inline_window(model: DSTSmolVLM, builder: SequenceBuilder, runs: Sequence[_Run], number: int) -> None:
     """What was said changes what is decided after it, so one tick follows the other."""
     starts, features = [], []
     for run in runs:
         (first, length), session = run.windows[number], run.session
-        plan = (session.goal, session.step_names, run.validator.state)
+        plan = (session.goal, session.step_names, run.course.gate.state)
         starts.append(builder.window(*plan, first, 0, run.words))
         features.append(session.features(first, length))
     live = LiveWindows(model, builder, starts)
@@ -191,68 +188,21 @@ def _inline_window(
         )
         speaking = []
         for row, (run, decision) in enumerate(zip(runs, decisions, strict=True)):
-            if decision is not None:
-                _advance(run, decision, starts[row].shown, thresholds)
-                if decision.speaking[0] >= thresholds.speaking:
-                    speaking.append(row)
+            if decision is not None and run.course.take(decision, starts[row].shown):
+                speaking.append(row)
         for row, text in live.speak(speaking).items():
             runs[row].say({runs[row].windows[number][0] + offset: text})
 
 
 @contextmanager
 def _dense_attention(model: DSTSmolVLM) -> Iterator[None]:
-    """Attention that takes any mask and length as it comes: FlexAttention would be compiled for each anew."""
+    """Attention that takes any mask and length as it comes: FlexAttention, or a language model that is compiled for
+    training, would be compiled for each anew, and after a few no more."""
     config = model.config.text_config
     trained_with = config._attn_implementation
     config._attn_implementation = "sdpa"
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         config._attn_implementation = trained_with
-
-
-def _start(session: SessionData, window_ticks: int) -> _Run:
-    return _Run(
-        session,
-        list(window_starts(session, window_ticks, phase=0)),
-        StateValidator(session.state_before(session.first_tick)),
-        [w for w in session.words if w.role == "user"],
-    )
-
-
-def _advance(run: _Run, decision: Decisions, shown: NDArray[np.int64], thresholds: Thresholds) -> None:
-    """Move a session's state over a window: head 2 opens the gate, head 4 proposes, the validator disposes."""
-    run.speak_score.append(decision.speaking)
-    run.update_score.append(decision.dst_update)
-    for tick in range(len(decision.speaking)):
-        if decision.dst_update[tick] >= thresholds.dst_update:
-            proposed, probability = run.validator.state.copy(), np.ones(len(run.validator.state))
-            proposed[shown] = decision.state[tick].argmax(-1)
-            probability[shown] = decision.state[tick].max(-1)
-            run.validator.update(proposed, probability)
-        run.states.append(run.validator.state.copy())
-
-
-def _trace(run: _Run, thresholds: Thresholds) -> Trace:
-    session = run.session
-    speak_score, update_score = np.concatenate(run.speak_score), np.concatenate(run.update_score)
-    ticks = range(session.first_tick, session.first_tick + session.num_ticks)
-    predicted = Track(
-        speak=speak_score >= thresholds.speaking,
-        dst_update=update_score >= thresholds.dst_update,
-        state=np.stack(run.states),
-        responses=tuple(run.said.get(tick) for tick in ticks),
-    )
-    return Trace(
-        session_id=session.session_id,
-        tick_hz=session.labels.meta["tick_hz"],
-        first_tick=session.first_tick,
-        step_names=session.step_names,
-        truth=session.truth,
-        predicted=predicted,
-        speak_score=speak_score,
-        update_score=update_score,
-        proposed_transitions=run.validator.proposed,
-        rejected_transitions=run.validator.rejected,
-        source=session.labels.meta["source"],
-    )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.locks import lock_name
 from schemas.config import load_config
 from schemas.errors import UserError
 from training.recipe import Recipe
 from training.selection import COMBINED, INLINE_SCORES, Selection
 from training.selection import SCORES as TRAIN_SCORES
-
-SILENT_S = 600.0
-"""Seconds without a line in its log after which an unfinished run is no longer taken to be running."""
 
 SCORES = {
     COMBINED: "combined",
@@ -38,7 +36,7 @@ class Run:
 
     name: str
     recipe: Recipe
-    state: str  # finished, running? (nobody says so, but it wrote lately) or stopped
+    state: str  # running, finished or stopped
     step: int
     best_step: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -47,6 +45,11 @@ class Run:
     def objective(self) -> str:
         train = self.recipe.train
         return f"{train.objective}, {train.strategy}" if train.objective == "independent" else train.objective
+
+    @property
+    def parts(self) -> int:
+        """How many scores ``val/combined`` is the mean of: with inline speech also that of what is said."""
+        return 4 if self.recipe.data.speech == "inline" else 3
 
 
 def read_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
@@ -71,16 +74,24 @@ def read_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
 
 def table(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and rows for a terminal."""
-    header = ("run", "objective", "state", "steps", "best at", *SCORES.values())
-    rows = [
-        (
-            *(run.name, run.objective, run.state, f"{run.step}/{run.recipe.train.steps}", run.best_step),
-            *(run.scores.get(name) for name in SCORES),
-        )
-        for run in runs
-    ]
-    return header, rows
+    """Header and rows for a terminal, without scores that no run has.
+
+    Where ``combined`` is not of as many scores in all runs, so that they cannot be compared by it, ``mean of`` says of
+    how many.
+    """
+    columns: dict[str, list[Any]] = {
+        "run": [run.name for run in runs],
+        "objective": [run.objective for run in runs],
+        "state": [run.state for run in runs],
+        "steps": [f"{run.step}/{run.recipe.train.steps}" for run in runs],
+        "best at": [run.best_step for run in runs],
+    }
+    for name, title in SCORES.items():
+        columns[title] = [run.scores.get(name) for run in runs]
+        if name == COMBINED and len({run.parts for run in runs}) > 1:
+            columns["mean of"] = [run.parts for run in runs]
+    shown = {title: cells for title, cells in columns.items() if any(cell is not None for cell in cells)}
+    return tuple(shown), list(zip(*shown.values(), strict=True))
 
 
 def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -139,11 +150,22 @@ def _read(folder: Path) -> Run:
             if recipe.train.on_plateau == "freeze_task":
                 frozen |= selection.out_of_patience()
     ended = last >= recipe.train.steps or selection.is_over(frozen)
-    lately = time.time() - log.stat().st_mtime < SILENT_S
-    state = "finished" if ended else "running?" if lately else "stopped"
+    state = "running" if _is_being_written(folder) else "finished" if ended else "stopped"
     scores = {key: value for key, value in best.items() if key.startswith("val/")}
     best_step = int(best["step"]) if best else None
     return Run(folder.resolve().name, recipe, state, last, best_step, scores)
+
+
+def _is_being_written(folder: Path) -> bool:
+    """Whether a process holds the run's lock. Where the file system has none, no run is known to be running."""
+    try:
+        with (folder / lock_name(0, 1)).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _row(line: str, log: Path, number: int) -> dict[str, float]:

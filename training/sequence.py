@@ -128,18 +128,6 @@ class SequenceBuilder:
         before, after = rendered.removeprefix(opening).split(_MARK)
         return before.rstrip(" "), after
 
-    def shown_steps(self, state: NDArray[np.int8]) -> NDArray[np.int64]:
-        """Indices of the steps a plan shows: all, or ``max_plan_steps`` of them around the current position.
-
-        That is the number of completed steps: one step that was left out, or a wrong state, moves it by one, no more.
-        """
-        count = len(state)
-        if count <= self.max_plan_steps:
-            return np.arange(count)
-        current = min(int((state == COMPLETED).sum()), count - 1)
-        start = min(max(0, current - self.max_plan_steps // 4), count - self.max_plan_steps)
-        return np.arange(start, start + self.max_plan_steps)
-
     def answer(self, text: str) -> list[int]:
         """Tokens of what the assistant says, closed by the end of the utterance."""
         return [*self._ids(f" {text}"), self.end_of_utterance]
@@ -165,7 +153,7 @@ class SequenceBuilder:
                 the window are left out.
         """
         draft = _Draft(branches=self.speech == "branch")
-        shown = self.shown_steps(state)
+        shown = shown_steps(state, self.max_plan_steps)
         said_at: dict[int, list[Words]] = {}
         for said in words:
             said_at.setdefault(said.tick, []).append(said)
@@ -207,6 +195,19 @@ class SequenceBuilder:
         if said.role == "user":
             return [*self._user[0], *self._ids(f" {said.text}"), *self._user[1]]
         return [*self.assistant_prefix, *self._ids(f" {said.text}"), *self._assistant_suffix]
+
+
+def shown_steps(state: NDArray[np.int8], max_plan_steps: int) -> NDArray[np.int64]:
+    """Indices of the steps a plan shows: all, or ``max_plan_steps`` of them around the current position.
+
+    That is the number of completed steps: one step that was left out, or a wrong state, moves it by one, no more.
+    """
+    count = len(state)
+    if count <= max_plan_steps:
+        return np.arange(count)
+    current = min(int((state == COMPLETED).sum()), count - 1)
+    start = min(max(0, current - max_plan_steps // 4), count - max_plan_steps)
+    return np.arange(start, start + max_plan_steps)
 
 
 @dataclass

@@ -33,8 +33,10 @@ def whole(model: DSTSmolVLM, spare: DSTSmolVLM | None, device: torch.device) -> 
         yield model
         return
     spare.load_state_dict(gathered(model.state_dict()))
-    yield spare.to(device)
-    spare.to("cpu")
+    try:
+        yield spare.to(device)
+    finally:
+        spare.to("cpu")
 
 
 def gathered(value: Any) -> Any:

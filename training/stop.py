@@ -1,4 +1,4 @@
-"""A request to stop that waits until a step is done."""
+"""A request to stop that waits for a place where a run can be saved."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ SAME_REQUEST_S = 2.0
 """A launcher passes on what a scheduler or a terminal has told each process already: that is no second request."""
 
 
+class Stopped(Exception):
+    """A signal asked for it; all is saved.
+
+    Attributes:
+        signal: its number.
+        step: steps that are done.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.signal, self.step = signal, step
+
+
+class Interrupted(Exception):
+    """A signal asked for it, here or on another rank, in the middle of what can be done again."""
+
+
 class StopRequest:
     """While entered, SIGTERM and Ctrl-C are noted in ``signal`` instead of ending the process; a second one ends it."""
 
@@ -31,6 +48,11 @@ class StopRequest:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._restore()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came."""
+        if self.signal is not None:
+            raise Interrupted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

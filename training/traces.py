@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,14 @@ class Track:
         return transitions_between(before, self.state)
 
 
+class Rejection(NamedTuple):
+    """A change of a step's state that was predicted at a tick and is not legal."""
+
+    tick: int
+    step: int
+    state: int
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
     """One session: the truth beside the prediction.
@@ -64,6 +72,7 @@ class Trace:
     ``first_tick`` is the video's tick at which the session starts. The scores are float32 ``[T]``
     probabilities, None for a predictor that has none. The transitions proposed and rejected are those
     of `schemas.states.StateValidator`. ``source`` is the corpus, which says how far words may lie from the true ones.
+    ``heard`` is what the user says. Ticks of words and rejections are counted from the session's first.
 
     Raises:
         ValueError: truth, prediction, scores and step names do not fit each other.
@@ -78,8 +87,11 @@ class Trace:
     speak_score: NDArray[np.float32] | None
     update_score: NDArray[np.float32] | None
     proposed_transitions: int = 0
-    rejected_transitions: int = 0
+    rejections: tuple[Rejection, ...] = ()
     source: str = ""
+    video_id: str = ""
+    goal: str = ""
+    heard: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         true, predicted = self.truth.state.shape, self.predicted.state.shape
@@ -96,9 +108,9 @@ class Trace:
                 )
         if not self.tick_hz > 0:
             raise ValueError(f"session {self.session_id}: tick_hz must be positive, not {self.tick_hz}")
-        if not 0 <= self.rejected_transitions <= self.proposed_transitions:
+        if len(self.rejections) > self.proposed_transitions:
             raise ValueError(
-                f"session {self.session_id}: {self.rejected_transitions} of {self.proposed_transitions} "
+                f"session {self.session_id}: {len(self.rejections)} of {self.proposed_transitions} "
                 "transitions rejected is not possible"
             )
 

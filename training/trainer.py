@@ -1,57 +1,37 @@
-"""Trains the dialog model on cached features; any step can be the last one for now."""
+"""Trains the dialog model on cached features: what is refused, what is built, and the run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from pipeline.copies import is_remote, local_path
 from pipeline.locks import folder_lock
 from pipeline.shards import ShardCache
 from pipeline.vision import vision_sha256
 from schemas.checkpoints import checkpoint_folder
 from schemas.config import load_config
 from schemas.errors import UserError
-from schemas.files import write_text
-from training.checkpoint import load_state, save_model
-from training.curves import curves_picture
+from training.checkpoint import load_state
 from training.data import SessionData, load_sessions
+from training.loop import Run
 from training.model import DSTSmolVLM, from_backbone
-from training.objectives import OBJECTIVES, Objective
+from training.objective import Objective
+from training.objectives import OBJECTIVES
 from training.recipe import Recipe
-from training.runlog import RunLog, installed
-from training.sampler import Position, Step, TrainingSteps, training_loader
-from training.selection import COMBINED, INLINE_SCORES, SCORES, Selection
+from training.runlog import Row, installed
+from training.selection import INLINE_SCORES, SCORES, Selection
 from training.sequence import SequenceBuilder
-from training.sharding import gathered, whole
-from training.stop import StopRequest, children_that_stay
-from training.tasks import Counts, count_labels, summed
-from training.tuning import choose_trained, merged_state
-from training.validation import require_events, validate
-
-Row = dict[str, float]
-
-
-class Stopped(Exception):
-    """A signal asked for it; all is saved.
-
-    Attributes:
-        signal: its number.
-        step: steps that are done.
-    """
-
-    def __init__(self, signal: int, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.signal, self.step = signal, step
+from training.stop import Stopped as Stopped
+from training.tuning import choose_trained
+from training.validation import require_events
 
 
 def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilder]:
@@ -70,12 +50,18 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
             f"{cache.folder} holds features of width {fingerprint.dim}, the model {name} has {width}; "
             "set model.init to the checkpoint the cache was made with"
         )
-    if vision_sha256(folder) not in (None, fingerprint.vision_sha256):
+    tower = vision_sha256(folder)
+    if tower not in (None, fingerprint.vision_sha256):
         raise UserError(
             f"{cache.folder} was made with another vision tower than that of {name}; set model.init to the checkpoint "
             "the cache was made with, or one without a vision tower"
         )
     identity = recipe.model.visual_adapter == "identity"
+    if not identity and recipe.model.visual_tokens > fingerprint.tokens_per_frame:
+        raise UserError(
+            f"model.visual_tokens is {recipe.model.visual_tokens}, and a tick of {cache.folder} has "
+            f"{fingerprint.tokens_per_frame} tokens, which fuse can only make fewer; take at most as many"
+        )
     changes: dict[str, Any] = {
         "visual_adapter": recipe.model.visual_adapter,
         "cached_tokens": fingerprint.tokens_per_frame,
@@ -86,6 +72,12 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
         "memory_turns": recipe.data.memory_turns,
         "speech": recipe.data.speech,
         "speak_by": recipe.data.speak_by,
+        "vision": {
+            "model": name if tower else fingerprint.model,
+            "sha256": fingerprint.vision_sha256,
+            "filter": fingerprint.preprocessing["filter"],
+            "dtype": fingerprint.dtype,
+        },
     }
     ticks = recipe.data.window_ticks * int(changes["visual_tokens"])
     if ticks >= recipe.data.max_seq_len:
@@ -150,7 +142,7 @@ def train(
                 f"{out} has checkpoints but no {latest.name}, so it cannot be resumed; give another --out"
             )
         objective = _objective(accelerator, model, recipe, device)
-        run = _Run(
+        run = Run(
             accelerator, objective, builder, recipe, training, validation, data_key, selection, out, on_step
         )
         if state is not None:
@@ -170,140 +162,6 @@ def _objective(accelerator: Accelerator, model: DSTSmolVLM, recipe: Recipe, devi
     if recipe.train.compile:
         model.model.text_model.compile()
     return OBJECTIVES[recipe.train.objective](accelerator, model, recipe)
-
-
-class _Run:
-    """A run that is under way: where it is, what was best."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        objective: Objective,
-        builder: SequenceBuilder,
-        recipe: Recipe,
-        training: list[SessionData],
-        validation: list[SessionData],
-        data_key: str,
-        selection: Selection,
-        out: Path,
-        on_step: Callable[[Row], None],
-    ) -> None:
-        self.accelerator, self.objective, self.builder, self.recipe = accelerator, objective, builder, recipe
-        self.training, self.validation, self.data_key = training, validation, data_key
-        self.out, self.on_step = out, on_step
-        self.model = objective.model
-        self.step, self.position = 0, Position()
-        self.selection = selection
-        self.log = RunLog(out, accelerator)
-
-    def start(self, shards: str | Path) -> None:
-        """A new run's folder."""
-        if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-            write_text(self.out / "recipe.yaml", settings)
-            where = str(shards) if is_remote(str(shards)) else str(local_path(str(shards)).resolve())
-            write_text(self.out / "run.json", json.dumps({"shards": where}) + "\n")
-        self.log.open(0)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.step, self.position = state["step"], Position(*state["position"])
-        self.selection.load_state(state["selection"])
-        self.objective.load_state(state["objective"])
-        self.model.config.update(state["thresholds"])
-        self.log.open(self.step)
-
-    def state(self) -> dict[str, Any]:
-        thresholds = ("speaking_threshold", "dst_update_threshold")
-        return {
-            "step": self.step,
-            "position": list(self.position),
-            "selection": self.selection.state(),
-            "objective": self.objective.state(),
-            "thresholds": {name: getattr(self.model.config, name) for name in thresholds},
-            "data_key": self.data_key,
-        }
-
-    def go(self) -> Row:
-        """Steps until there are enough, or every task has run out of patience."""
-        train, device = self.recipe.train, self.accelerator.device
-        with self.log, StopRequest() as stop:
-            for step in self._read_ahead():
-                if self.step == train.steps or self.selection.is_over(self.objective.frozen):
-                    break
-                row = {"step": self.step + 1, "epoch": self.position.epoch} | self._take(step, device)
-                self.step, self.position = self.step + 1, step.after
-                is_last = self.step == train.steps
-                if self.step % train.eval_every == 0 or is_last:
-                    with whole(self.model, self.objective.spare, device) as model:
-                        row |= validate(model, self.builder, self.validation, self.accelerator)
-                    row["train/clip_share"] = self.log.clip_share(row)
-                self.log.add(row)
-                if COMBINED in row:
-                    self._keep_best(row)
-                if COMBINED in row or (train.save_every and self.step % train.save_every == 0):
-                    self._save("latest", self.state())
-                self.on_step(row)
-                if (asked := self._any_rank(stop.signal)) and not is_last:
-                    if COMBINED not in row:
-                        self._save("latest", self.state())
-                    raise Stopped(asked, self.step)
-        if self.accelerator.is_main_process:
-            curves_picture(self.log.rows, self.out / "curves.png")
-        return self.log.row_of(self.selection.bests["best"].step)
-
-    def _read_ahead(self) -> Iterator[Step]:
-        """The steps from here on. A generator lets go of its worker processes as soon as nobody asks it for more."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        steps = TrainingSteps(self.training, self.builder, self.recipe, self.position, rank, ranks)
-        with children_that_stay():
-            loaded = iter(training_loader(steps))
-        for step in loaded:
-            if isinstance(step, UserError):
-                raise step
-            yield step
-
-    def _take(self, step: Step, device: torch.device) -> Row:
-        """One step of the optimizers; what the log says of it."""
-        passes = [batch.to(device) for batch in step.passes]
-        totals = self._totals(passes)
-        self.model.train()
-        # dropout depends on the step and the rank alone: a run that was resumed, or looked at, drops the same
-        seed = _mixed(self.recipe.train.seed, self.step, self.accelerator.process_index)
-        probed: Row = {}
-        if self.recipe.train.probe_every and self.step % self.recipe.train.probe_every == 0:
-            torch.manual_seed(seed)
-            probed = self.objective.probe(passes[0], totals)
-        torch.manual_seed(seed)
-        padding = sum(batch.padding for batch in passes) / len(passes)
-        return self.objective.step(passes, totals, self.step) | probed | {"train/padding": padding}
-
-    def _totals(self, passes: Sequence[Any]) -> Counts:
-        """Labels of the whole step, over all ranks."""
-        vocabulary = self.model.config.text_config.vocab_size
-        own = summed([count_labels(batch, self.objective.tasks, vocabulary) for batch in passes])
-        return cast(Counts, self.accelerator.reduce(own, "sum"))
-
-    def _keep_best(self, row: Row) -> None:
-        for name in self.selection.update(self.step, row):
-            self._save(name)
-        frozen = self.objective.frozen
-        if self.recipe.train.on_plateau == "freeze_task" and not self.selection.is_over(frozen):
-            frozen |= self.selection.out_of_patience()
-
-    def _save(self, name: str, state: dict[str, Any] | None = None) -> None:
-        self.log.sync()  # a checkpoint knows of no step that the log may still lose
-        tensors = gathered(merged_state(self.model))
-        if self.accelerator.is_main_process:
-            save_model(self.model, self.builder, self.out / "checkpoints" / name, state, tensors)
-        self.accelerator.wait_for_everyone()
-
-    def _any_rank(self, signal: int | None) -> int:
-        """The signal that any rank has had, so that all stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return signal or 0
-        told = torch.tensor([signal or 0], device=self.accelerator.device)
-        return int(self.accelerator.gather(told).max())
 
 
 def require_same_recipe(out: Path, given: Recipe) -> None:
@@ -375,10 +233,6 @@ def _data_key(sessions: Sequence[SessionData]) -> str:
         for labels in (session.truth.speak, session.truth.dst_update, session.truth.state):
             key.update(labels.tobytes())
     return key.hexdigest()
-
-
-def _mixed(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6], "little")
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> str:

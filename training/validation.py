@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -10,51 +12,67 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
-from training.data import SessionData
+from training.data import SessionData, true_trace
+from training.gate import Thresholds, teacher_trace
 from training.matched import BAG_OF_WORDS
-from training.metrics import best_threshold, score
+from training.metrics import score
 from training.model import DSTSmolVLM
-from training.rollout import Thresholds, decide_teacher, run_free, traces_of_teacher
+from training.rollout import POSITIONS_AT_ONCE, decide_teacher, run_free
 from training.sequence import SequenceBuilder
-from training.traces import Trace
+from training.stop import Interrupted
+from training.sweep import best_gap, best_threshold
+from training.traces import Trace, Track
+
+T = TypeVar("T")
 
 FREE_RUNS = 2
 """Runs on its own words in which a model with inline speech finds its thresholds."""
 
 
 def validate(
-    model: DSTSmolVLM, builder: SequenceBuilder, sessions: Sequence[SessionData], accelerator: Accelerator
+    model: DSTSmolVLM,
+    builder: SequenceBuilder,
+    sessions: Sequence[SessionData],
+    accelerator: Accelerator,
+    positions: int = POSITIONS_AT_ONCE,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Choose the thresholds on the validation part, keep them in the model's config, and score with them.
 
     With speech as a branch, states are true at the start of each window, and nothing is said. With inline speech, true
     words tell the state, so the model runs free, and its words are scored, too. Each process takes its share of the
-    sessions, and all get the same scores.
+    sessions, and all get the same scores. It is computed in the precision of training.
 
     Args:
         sessions: such as `require_events` lets pass.
+        positions: of one pass.
+        between: called before each pass; where it raises `Interrupted`, all processes do, and nothing is changed.
     """
-    own = list(range(accelerator.process_index, len(sessions), accelerator.num_processes))
-    decisions, loss, words = decide_teacher(model, builder, [sessions[index] for index in own])
-    told = [(index, found) for index, found in zip(own, decisions, strict=True)]
-    sums = [(loss, words)]
-    if accelerator.num_processes > 1:
-        told, sums = gather_object(told), gather_object(sums)
-    by_session = [found for _, found in sorted(told, key=lambda each: each[0])]
-    windows = [window for found in by_session for window in found]
-    thresholds = _best_thresholds(
-        np.concatenate([session.truth.speak for session in sessions]),
-        np.concatenate([window.speaking for window in windows]),
-        np.concatenate([session.truth.dst_update for session in sessions]),
-        np.concatenate([window.dst_update for window in windows]),
-    )
+    own = sessions[accelerator.process_index :: accelerator.num_processes]
+    shares = _from_all(accelerator, partial(decide_teacher, model, builder, own, positions, between))
+    by_session = _in_turn([decisions for decisions, _, _ in shares])
+    scored = [
+        _Scored(
+            session.truth,
+            np.concatenate([window.speaking for window in windows]),
+            np.concatenate([window.dst_update for window in windows]),
+        )
+        for session, windows in zip(sessions, by_session, strict=True)
+    ]
+    thresholds = _best_thresholds(scored, model.config.tick_hz)
     if model.config.speech == "branch":
-        row = _scores(traces_of_teacher(model, builder, sessions, by_session, thresholds), with_words=False)
+        traces = [
+            teacher_trace(true_trace(session), windows, builder.max_plan_steps, thresholds)
+            for session, windows in zip(sessions, by_session, strict=True)
+        ]
+        row = _scores(traces, with_words=False)
     else:
-        thresholds, row = _run_free(model, builder, sessions, own, thresholds, accelerator)
+        thresholds, row = _run_free(model, builder, own, thresholds, accelerator, between)
     model.config.speaking_threshold = thresholds.speaking
     model.config.dst_update_threshold = thresholds.dst_update
-    return row | {"val/loss_response": sum(s for s, _ in sums) / max(1, sum(n for _, n in sums))}
+    model.config.min_gap_ticks = thresholds.min_gap_ticks
+    words = sum(count for _, _, count in shares)
+    return row | {"val/loss_response": sum(loss for _, loss, _ in shares) / max(1, words)}
 
 
 def require_events(sessions: Sequence[SessionData]) -> None:
@@ -71,37 +89,71 @@ def require_events(sessions: Sequence[SessionData]) -> None:
 def _run_free(
     model: DSTSmolVLM,
     builder: SequenceBuilder,
-    sessions: Sequence[SessionData],
-    own: Sequence[int],
+    own: Sequence[SessionData],
     thresholds: Thresholds,
     accelerator: Accelerator,
+    between: Callable[[], None],
 ) -> tuple[Thresholds, dict[str, float]]:
     """The best of a few runs, and its thresholds: the first takes those of true words, the next those that would have
     been best in the run before, since a model is less sure of itself after its own words than after true ones.
     """
     found: list[tuple[Thresholds, dict[str, float]]] = []
     for _ in range(FREE_RUNS):
-        traces = run_free(model, builder, [sessions[index] for index in own], thresholds)
-        if accelerator.num_processes > 1:
-            traces = gather_object(traces)
+        shares = _from_all(accelerator, partial(run_free, model, builder, own, thresholds, between))
+        traces = [trace for share in shares for trace in share]
         found.append((thresholds, _scores(traces, with_words=True)))
-        thresholds = _best_thresholds(
-            np.concatenate([trace.truth.speak for trace in traces]),
-            np.concatenate([trace.speak_score for trace in traces if trace.speak_score is not None]),
-            np.concatenate([trace.truth.dst_update for trace in traces]),
-            np.concatenate([trace.update_score for trace in traces if trace.update_score is not None]),
-        )
+        scored = [
+            _Scored(trace.truth, trace.speak_score, trace.update_score)
+            for trace in traces
+            if trace.speak_score is not None and trace.update_score is not None
+        ]
+        thresholds = _best_thresholds(scored, model.config.tick_hz)
     return max(found, key=lambda run: run[1]["val/combined"])
 
 
-def _best_thresholds(
-    speaks: NDArray[np.bool_],
-    speaking: NDArray[np.float32],
-    updates: NDArray[np.bool_],
-    dst_update: NDArray[np.float32],
-) -> Thresholds:
-    """Those with the best F1 per tick, of truths and scores ``[N]``."""
-    return Thresholds(best_threshold(speaking, speaks)[0], best_threshold(dst_update, updates)[0])
+def _from_all(accelerator: Accelerator, compute: Callable[[], T]) -> list[T]:
+    """What each process computes, by rank.
+
+    Raises:
+        Interrupted: one of them was.
+    """
+    try:
+        with accelerator.autocast():
+            found = [compute()]
+    except Interrupted:
+        found = []
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    if len(found) < accelerator.num_processes:
+        raise Interrupted
+    return found
+
+
+def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """What was dealt out to processes one by one, in its own order."""
+    return [share[at] for at in range(len(shares[0])) for share in shares if at < len(share)]
+
+
+class _Scored(NamedTuple):
+    """A session's truth, and the probabilities ``[T]`` of heads 1 and 2."""
+
+    truth: Track
+    speaking: NDArray[np.float32]
+    dst_update: NDArray[np.float32]
+
+
+def _best_thresholds(sessions: Sequence[_Scored], tick_hz: float) -> Thresholds:
+    """Those with the best F1 per tick, and with them the smallest gap between utterances."""
+    speaking, _ = best_threshold(
+        np.concatenate([session.speaking for session in sessions]),
+        np.concatenate([session.truth.speak for session in sessions]),
+    )
+    dst_update, _ = best_threshold(
+        np.concatenate([session.dst_update for session in sessions]),
+        np.concatenate([session.truth.dst_update for session in sessions]),
+    )
+    gap = best_gap([(session.speaking, session.truth.speak) for session in sessions], speaking, tick_hz)
+    return Thresholds(speaking, dst_update, gap)
 
 
 def _scores(traces: Sequence[Trace], with_words: bool) -> dict[str, float]:

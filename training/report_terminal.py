@@ -1,0 +1,116 @@
+"""What `dst evaluate` and `dst compare` do and tell on a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeline.labels_terminal import some_frames
+from pipeline.shards import ShardCache
+from pipeline.terminal import echo_table
+from schemas.files import write_text
+from training.compare import compare
+from training.embedding import similarity_of
+from training.evaluate import TABLE, Reports, cache_of, evaluate, middle_trace, table_rows
+from training.plots import timeline_picture
+from training.report import table_markdown, write_report
+from training.trace_table import read_traces
+from training.traces import Trace
+
+MOST_PICTURED = 40
+"""Sessions whose frames are in the report, the worst ones first: their videos have to be decoded."""
+
+
+def evaluate_and_tell(
+    reports: Reports, shards: str | None, embedding: str, device: str, blind: Path | None = None
+) -> dict[str, Any]:
+    """Score a run, print its table, write its report.
+
+    Args:
+        blind: the run's blind control, scored alike and shown beside it.
+
+    Returns:
+        The scores, those of the control under ``blind``.
+    """
+    similarity = similarity_of(embedding, device)
+    how: dict[str, Any] = {
+        "split": reports.split,
+        "checkpoint": reports.checkpoint,
+        "mode": reports.mode,
+        "device": device,
+        "similarity": similarity,
+    }
+    metrics, traces = evaluate(reports.run, shards, **how)
+    if blind is not None:
+        control, _ = evaluate(blind, shards, **how)
+        metrics["blind"] = {key: value for key, value in control.items() if key not in ("baselines", "about")}
+    about = metrics["about"]
+    manner = "free-running" if reports.mode == "free" else "with the true state at the start of each window"
+    typer.echo(f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, {manner}")
+    echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics)])
+    words = f"; words are compared by {about['embedding']}" if "embedding" in about else ""
+    typer.echo(f"combined: {metrics['combined']['formula']}{words}")
+    if "left_out" in about:
+        typer.echo(f"left out: {about['left_out']}", err=True)
+    cache = ShardCache(shards or cache_of(reports.run))
+    write_text(reports.file("scores.md"), table_markdown(metrics))
+    page = reports.file("report.html")
+    write_report(page, metrics, traces, _Pictures(cache, traces), similarity)
+    trace = middle_trace(traces)
+    picture = reports.file("timeline.png")
+    timeline_picture(trace, some_frames(cache.session(trace.session_id)), picture, trace.goal)
+    typer.echo(f"report to open in a browser: {page}; one session's timeline: {picture}")
+    typer.echo(
+        f"all scores: {reports.file('metrics.json')}; all ticks: {reports.file('predictions.parquet')}"
+    )
+    return metrics
+
+
+class _Pictures:
+    """Frames for the report: of the sessions with the worst states, so that it can be made of a large split, too."""
+
+    def __init__(self, cache: ShardCache, traces: Sequence[Trace]) -> None:
+        self.cache = cache
+
+        def right(trace: Trace) -> float:
+            return float((trace.truth.state == trace.predicted.state).all(1).mean())
+
+        worst = sorted(traces, key=lambda trace: (right(trace), trace.session_id))
+        self.chosen = {trace.session_id for trace in worst[:MOST_PICTURED]}
+
+    def __call__(self, trace: Trace) -> list[tuple[int, bytes]]:
+        """Small ones: tick counted from the session's first, and JPEG."""
+        from PIL import Image
+
+        if trace.session_id not in self.chosen:
+            return []
+        shown = []
+        for tick, image in some_frames(self.cache.session(trace.session_id)):
+            picture, buffer = Image.fromarray(image), io.BytesIO()
+            picture.thumbnail((240, 240))
+            picture.save(buffer, "JPEG", quality=75)
+            shown.append((tick - trace.first_tick, buffer.getvalue()))
+        return shown
+
+
+def compare_and_tell(first: Reports, second: Reports, embedding: str) -> None:
+    """Print the scores of two runs, the differences, and how sure they are."""
+    one, other = (read_traces(reports.file("predictions.parquet"))[0] for reports in (first, second))
+    rows = compare(one, other, similarity_of(embedding))
+    videos = len({trace.video_id for trace in one})
+    header = ("", "first", "second", "difference", "from", "to", "sure")
+    echo_table(
+        header,
+        [
+            (r.name, r.first, r.second, r.second - r.first, r.low, r.high, "yes" if r.is_sure else "")
+            for r in rows
+        ],
+    )
+    typer.echo(f"first: {first.run}, second: {second.run}; words are compared by {embedding}")
+    typer.echo(
+        f"from, to: 95 % of the differences of 1000 paired draws of {videos} videos (seed 0); sure where 0 is outside"
+    )
