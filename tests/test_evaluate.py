@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +14,9 @@ from typer.testing import CliRunner
 from cli import app
 from schemas.errors import UserError
 from training.evaluate import evaluate
+from training.gate import Thresholds, teacher_trace
+from training.metrics import score
+from training.model import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,58 @@ def test_a_checkpoint_that_is_not_there(run: Path) -> None:
     ):  # a name, and no path: reports are called by it
         with pytest.raises(UserError, match=r"has no checkpoint .* \(there are: best, best_dst_state, "):
             evaluate(run, None, checkpoint=name)
+
+
+def test_teacher_forced_logits_give_any_thresholds_without_the_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["evaluate", "--run", str(run), "--mode", "teacher", "--embedding", "bag-of-words"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((run / "metrics-teacher-best-test.json").read_text())
+    assert not {"matched", "response"} & metrics.keys()
+    assert "matched" not in metrics["combined"]["formula"]
+    assert metrics["baselines"].keys() >= {"copy_initial", "never_update", "majority", "uniform_clock"}
+    assert (run / "report-teacher-best-test.html").is_file()
+    # what the page on evaluation tells a user to write
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(run, tmp_path / "out/runs/tiny")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["about"]["mode"] == "teacher"
+    chosen = Thresholds.of(load_trained(run / "checkpoints/best").config)
+    traces = [
+        teacher_trace(each, found, 24, chosen)
+        for each, found in zip(names["sessions"], names["windows"], strict=True)
+    ]
+    found = score(traces, similarity=None)
+    for group in ("speaking", "dst_update", "dst_state"):
+        for name, value in found[group].items():
+            if name != "threshold":
+                assert metrics[group][name] == value, (group, name)
+
+
+def test_runs_are_compared_by_what_they_left(run: Path, tmp_path: Path) -> None:
+    evaluate(run, None)
+    other = shutil.copytree(run, tmp_path / "other")
+    arguments = ["compare", str(run), str(other), "--embedding", "bag-of-words"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(" joint near")]
+    assert rows[0][4:] == [
+        "0.000",
+        "0.000",
+        "0.000",
+    ]  # a run is as good as itself, and that is all that is sure
+    (other / "predictions-best-test.parquet").unlink()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "run 'dst evaluate' first" in result.stderr
+
+
+def test_an_embedding_that_is_not_to_be_had_is_told_before_the_work(run: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--embedding", "none/such"])
+    assert result.exit_code == 2
+    assert "--embedding bag-of-words" in result.stderr

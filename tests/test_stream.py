@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import av
 import numpy as np
@@ -264,3 +266,25 @@ def test_on_a_terminal_it_shows_the_plan_and_hears_what_is_typed(
     assert "the stream ended at" in text
     heard = [row["text"] for row in rows(events.read_text()) if row["kind"] == "user"]
     assert heard == ["what now, grüße?"]
+
+
+def test_the_page_does_what_it_says(
+    talking: Path,
+    video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[1] / "docs/live.md").read_text()
+    (code,), (plan,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    shutil.copytree(talking, tmp_path / "out/runs/tiny")
+    shutil.copy(video, tmp_path / "kitchen.mp4")
+    (tmp_path / "plan.yaml").write_text(plan)
+    (tmp_path / "words.txt").write_text("2 what comes first?\n")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    more = ("--words", "words.txt")
+    assert printed == rows(dst(Path("out/runs/tiny"), "kitchen.mp4", Path("plan.yaml"), *more).stdout)
+    kinds = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert kinds == set(get_args(get_type_hints(Event)["kind"]))
