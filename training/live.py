@@ -37,30 +37,29 @@ class LiveWindows:
     """
 
     def __init__(self, model: DSTSmolVLM, builder: SequenceBuilder, starts: Sequence[Window]) -> None:
-        self.model, self.builder = model, builder
-        rows, device = len(starts), model.device
+        self.model, self.builder, self.device = model, builder, model.device
+        rows = len(starts)
         self.cache = DynamicCache()
-        # of the cached positions [B, keys]: whether it is of the trunk, whether it is said; padding is neither
-        self.trunk = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        self.speech = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)  # the trunk's next
-        self._tokens = functools.lru_cache(maxsize=64)(
-            self._tokens_of
-        )  # of most ticks: a picture, nothing said
+        # Accounts are kept in numpy: on arrays as small as these its operations cost a fraction of torch's.
+        # Of the cached positions [B, keys]: whether it is of the trunk, whether it is said; padding is neither.
+        self.trunk = np.zeros((rows, 0), dtype=np.bool_)
+        self.speech = np.zeros((rows, 0), dtype=np.bool_)
+        self.position = np.zeros(rows, dtype=np.int64)  # the trunk's next
+        self._all_trunk = rows == 1  # a single row has no padding; a branch is hidden from the trunk
+        self._tokens = functools.lru_cache(64)(self._tokens_of)  # of most ticks: a picture, nothing said
         self.num_steps = [len(start.step_at) for start in starts]
-        hidden, _ = self._observe([start.tokens for start in starts], None)
+        hidden = self._observe([start.tokens for start in starts], None)
         most = max(self.num_steps)
-        at = np.stack(
-            [np.pad(start.step_at, (0, most - len(start.step_at)), mode="edge") for start in starts]
-        )
-        self.steps = hidden[torch.arange(rows, device=device)[:, None], torch.from_numpy(at).to(device)]
+        at = [np.pad(start.step_at, (0, most - len(start.step_at)), mode="edge") for start in starts]
+        self.steps = hidden[np.arange(rows)[:, None], np.stack(at)]
 
     @torch.inference_mode()
     def observe(self, ticks: Sequence[Observation | None]) -> list[Decisions | None]:
         """Feed each row its next tick, None to a window that is over; what it decides there, ``T`` = 1."""
         tokens = [self._tokens(tick.said) if tick else np.zeros(0, dtype=np.int64) for tick in ticks]
         features = np.stack([tick.features for tick in ticks if tick])
-        _, last = self._observe(tokens, torch.from_numpy(features).to(self.model.device))
+        hidden = self._observe(tokens, torch.from_numpy(features).to(self.device))
+        last = hidden[np.arange(len(ticks)), [len(part) - 1 for part in tokens]]
         logits = self.model.decide(last, self.steps)
         speaking, update, state = (each.cpu().numpy() for each in logits)
         return [
@@ -75,9 +74,9 @@ class LiveWindows:
         """What is said in these rows after the last tick."""
         if not rows:
             return {}
-        speaking = torch.zeros(len(self.position), dtype=torch.bool, device=self.position.device)
+        speaking = torch.zeros(len(self.position), dtype=torch.bool, device=self.device)
         speaking[list(rows)] = True
-        self.spoken_at = self.position.clone()
+        self.spoken_at = self.position.copy()
         answers = utterances(self._say, self.builder, speaking)
         if self.builder.speech == "inline":
             self.position = self.spoken_at
@@ -97,41 +96,48 @@ class LiveWindows:
         return after[len(before) :]
 
     @torch.inference_mode()
-    def _observe(
-        self, parts: Sequence[NDArray[np.int64]], features: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append trunk to each row; hidden states ``[B, n, H]`` and those of each row's last token ``[B, H]``."""
-        device, rows = self.position.device, len(parts)
-        lengths = torch.tensor([len(part) for part in parts], device=device)
-        size = int(lengths.max())
-        padded = [
-            np.pad(part, (0, size - len(part)), constant_values=self.builder.pad_token) for part in parts
-        ]
-        tokens = torch.from_numpy(np.stack(padded)).to(device)
+    def _observe(self, parts: Sequence[NDArray[np.int64]], features: torch.Tensor | None) -> torch.Tensor:
+        """Append trunk to each row; hidden states ``[B, n, H]``, those of a shorter part with padding at their end."""
+        lengths = np.array([len(part) for part in parts])
+        size, ahead = int(lengths.max()), np.arange(lengths.max())
+        tokens = np.full((len(parts), size), self.builder.pad_token)
+        for row, part in enumerate(parts):
+            tokens[row, : len(part)] = part
+        on_device = torch.from_numpy(tokens).to(self.device)
         if features is None:
-            embedded = self.model.get_input_embeddings()(tokens)
+            embedded = self.model.get_input_embeddings()(on_device)
         else:
             # a tick ends with its visual tokens
-            ends = (torch.arange(rows, device=device) * size + lengths)[lengths > 0]
-            visual_at = ends[:, None] - torch.arange(self.builder.visual_tokens, 0, -1, device=device)
-            embedded = self.model.embed(tokens, features, visual_at.flatten())
-        ahead = torch.arange(size, device=device)
-        hidden = append(self.model, self.cache, embedded, self.trunk, self.position[:, None] + ahead)
+            ends = (np.arange(len(parts)) * size + lengths)[lengths > 0]
+            visual_at = ends[:, None] - np.arange(self.builder.visual_tokens, 0, -1)
+            embedded = self.model.embed(
+                on_device, features, torch.from_numpy(visual_at.ravel()).to(self.device)
+            )
+        hidden = self._append(
+            embedded, None if self._all_trunk else self.trunk, self.position[:, None] + ahead
+        )
         self._grow(ahead < lengths[:, None], trunk=True)
         self.position = self.position + lengths
-        return hidden, hidden[torch.arange(rows, device=device), lengths - 1]
+        return hidden
 
     def _say(self, tokens: torch.Tensor, open_rows: torch.Tensor) -> torch.Tensor:
         """Append words, a `training.speech.Feed`."""
-        count = tokens.shape[1]
-        embedded = self.model.get_input_embeddings()(tokens)
-        positions = self.spoken_at[:, None] + torch.arange(count, device=tokens.device)
-        hidden = append(self.model, self.cache, embedded, self.trunk | self.speech, positions)
-        self._grow(open_rows[:, None].expand(-1, count), trunk=self.builder.speech == "inline")
-        self.spoken_at = self.spoken_at + count * open_rows
+        count, is_open = tokens.shape[1], open_rows.cpu().numpy()
+        positions = self.spoken_at[:, None] + np.arange(count)
+        seen = None if len(tokens) == 1 else self.trunk | self.speech
+        hidden = self._append(self.model.get_input_embeddings()(tokens), seen, positions)
+        self._grow(np.repeat(is_open[:, None], count, axis=1), trunk=self.builder.speech == "inline")
+        self.spoken_at = self.spoken_at + count * is_open
         return self.model.project(hidden[:, -1])
 
-    def _grow(self, real: torch.Tensor, trunk: bool) -> None:
+    def _append(
+        self, embedded: torch.Tensor, seen: NDArray[np.bool_] | None, positions: NDArray[np.int64]
+    ) -> torch.Tensor:
+        mask = None if seen is None else torch.from_numpy(seen).to(self.device)
+        return append(self.model, self.cache, embedded, mask, torch.from_numpy(positions).to(self.device))
+
+    def _grow(self, real: NDArray[np.bool_], trunk: bool) -> None:
         """Keep account of what was appended, bool ``[B, n]``: False is padding."""
-        self.trunk = torch.cat([self.trunk, real & trunk], dim=1)
-        self.speech = torch.cat([self.speech, real & (not trunk)], dim=1)
+        self.trunk = np.concatenate([self.trunk, real & trunk], axis=1)
+        self.speech = np.concatenate([self.speech, real & (not trunk)], axis=1)
+        self._all_trunk &= trunk

@@ -21,29 +21,33 @@ Feed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def append(
-    model: DSTSmolVLM, cache: Any, embedded: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor
+    model: DSTSmolVLM, cache: Any, embedded: torch.Tensor, seen: torch.Tensor | None, positions: torch.Tensor
 ) -> torch.Tensor:
     """Last hidden states ``[B, n, H]`` of tokens that go on from a cache, which is extended.
 
     Args:
         embedded: ``[B, n, H]``; each sees those before it.
-        seen: bool ``[B, keys]``, which of the cached positions they see.
+        seen: bool ``[B, keys]``, which of the cached positions they see; None: all, for which attention needs no mask.
         positions: int64 ``[B, n]``.
     """
-    rows, count, _ = embedded.shape
-    new = torch.ones(count, count, dtype=torch.bool, device=embedded.device).tril()
-    allowed = torch.cat([seen[:, None, :].expand(-1, count, -1), new[None].expand(rows, -1, -1)], dim=2)
-    mask = torch.zeros(allowed.shape, dtype=embedded.dtype, device=embedded.device)
-    mask = mask.masked_fill_(~allowed, torch.finfo(embedded.dtype).min)
     out = model.model.text_model(
         inputs_embeds=embedded,
-        attention_mask=mask[:, None],
+        attention_mask=None if seen is None else _mask(seen, embedded),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     )
     hidden: torch.Tensor = out.last_hidden_state
     return hidden
+
+
+def _mask(seen: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+    """Float ``[B, 1, n, keys + n]``, 0 or the lowest number."""
+    rows, count, _ = embedded.shape
+    new = torch.ones(count, count, dtype=torch.bool, device=embedded.device).tril()
+    allowed = torch.cat([seen[:, None, :].expand(-1, count, -1), new[None].expand(rows, -1, -1)], dim=2)
+    mask = torch.zeros(allowed.shape, dtype=embedded.dtype, device=embedded.device)
+    return mask.masked_fill_(~allowed, torch.finfo(embedded.dtype).min)[:, None]
 
 
 def utterances(feed: Feed, builder: SequenceBuilder, open_rows: torch.Tensor) -> list[list[int]]:
