@@ -429,7 +429,7 @@ def compare(
     checkpoint: Checkpoint = "best",
     embedding: Embedding = DEFAULT_EMBEDDING,
 ) -> None:
-    """Put two runs side by side: differences with bootstrap intervals over videos. Needs no model and no cache.
+    """Put two runs side by side: differences with bootstrap intervals over recordings. Needs no model and no cache.
 
     Example: dst compare out/runs/tiny out/runs/proassist --embedding bag-of-words
     """
@@ -455,7 +455,14 @@ def stream(
     record: Annotated[
         Path | None, typer.Option(help="Write an mp4 of the pictures with the state beside them.")
     ] = None,
-    checkpoint: Checkpoint = "best",
+    rotate: Annotated[
+        int,
+        typer.Option(help="Degrees counter-clockwise, as the corpus' videos were turned: 0, 90, 180, 270."),
+    ] = 0,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="best, latest or best_TASK. Default: best, or the one that was exported."),
+    ] = None,
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:
@@ -468,8 +475,17 @@ def stream(
     chosen = choose_device(gpu, device)
     from training.stream import stream_and_tell
 
-    told = {"words": words, "events": events, "record": record}
-    stream_and_tell(run, video, plan, checkpoint=checkpoint, device=chosen, **told)
+    if rotate not in (0, 90, 180, 270):
+        raise UserError(f"--rotate {rotate} is not 0, 90, 180 or 270")
+    stream_and_tell(
+        *(run, video, plan),
+        checkpoint=checkpoint,
+        device=chosen,
+        rotation_deg=rotate,
+        words=words,
+        events=events,
+        record=record,
+    )
 
 
 @app.command()

@@ -84,5 +84,10 @@ def _members(session: dict[str, Any], video: dict[str, Any], tables: LabelTables
         "frames": frames.take(np.arange(len(frames))).combine_chunks(),
         "turns": turns,
         "steps": steps,
-        "meta": {**session, "uri": video["uri"], "rotation_deg": video["rotation_deg"]},
+        "meta": meta_of(session, video),
     }
+
+
+def meta_of(session: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
+    """What a record tells of its session: the row of the table, and what its video's row tells besides."""
+    return session | {name: video[name] for name in ("recording_id", "uri", "rotation_deg")}

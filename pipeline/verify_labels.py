@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.label_shards import meta_of
 from pipeline.ledger import Entry, key_of
 from pipeline.plan import LabelTables
 from pipeline.shard_reader import ShardReader
@@ -124,9 +125,7 @@ class LabelCheck:
         }
         same = {
             "frames": session.frames.equals(tables["frames"]),
-            "meta": _is_same(
-                session.meta, {**row, "uri": video["uri"], "rotation_deg": video["rotation_deg"]}
-            ),
+            "meta": _is_same(session.meta, meta_of(row, video)),
             "steps": _is_same(session.steps, tables["steps"].to_pylist()),
             "turns": _is_same(session.turns, tables["turns"].to_pylist()),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -213,10 +215,15 @@ def test_a_tick_shows_the_last_picture_that_came_until_then(
 ) -> None:
     assistant = Pictures(one, TASK, encoder)
     times = np.cumsum(steps_ms)
+    missed = []
     for number, at in enumerate(times.tolist()):
-        assistant.step(np.full((2, 2, 3), number, np.uint8), at / 1000)
+        for event in assistant.step(np.full((2, 2, 3), number, np.uint8), at / 1000):
+            assert event.kind == "gap"
+            assert event.end_tick is not None
+            missed += range(event.tick, event.end_tick)
     ticks = [tick for tick, _ in assistant.shown]
     first = -(-int(times[0] - 1) // 500) if times[0] > 1 else 0
+    assert missed == list(range(first))
     assert ticks == list(range(first, first + len(ticks)))
     # a tick is over with the first picture that comes later, or one that comes just then
     assert len(ticks) in {int(times[-1] - 2) // 500 + 1 - first, int(times[-1]) // 500 + 1 - first}
@@ -262,17 +269,47 @@ def test_after_a_gap_a_new_window_begins_from_the_own_state(one: Built, session:
 def test_a_full_context_begins_a_window_early(one: Built, session: SessionData) -> None:
     model, builder = one
     assistant = Assistant(model, builder, TASK, None, Thresholds(2.0, 2.0))
-    features = session.features(session.first_tick, 5)
+    features = session.features(session.first_tick, 7)
     assert assistant.see(features[0]) == []
-    assistant.hear("what " * 30)
-    assert [e.kind for e in assistant.see(features[1])] == ["user"]
-    half = model.config.text_config.max_position_embeddings // 2
-    words = "what " * (half // len(builder.tokenizer.encode(" what")))
-    for each, kinds in zip(features[2:], (["user"], ["user"], ["window", "user"]), strict=True):
-        assistant.hear(words[: len(words) // 10 * 9])
+    quarter = model.config.text_config.max_position_embeddings // 4
+    words = "what " * (quarter // len(builder.tokenizer.encode(" what")))
+    most = words[: len(words) // 10 * 9]
+    for each, kinds in zip(features[1:6], [["user"]] * 4 + [["window", "user"]], strict=True):
+        assistant.hear(most)
         assert [e.kind for e in assistant.see(each)] == kinds
     with pytest.raises(UserError, match="too long"):
         assistant.hear(3 * words)
+    # two turns to remember and three to hear are too many: the oldest is forgotten
+    assert builder.memory_turns == 2
+    for _ in range(3):
+        assistant.hear(most)
+    assert [e.kind for e in assistant.see(features[6])] == ["window", "user", "user", "user"]
+    assert assistant._live is not None
+    assert 4 * 0.9 * quarter < int(assistant._live.position.max()) < 4 * quarter
+
+
+def test_a_plan_that_leaves_no_room_is_refused(one: Built) -> None:
+    model, builder = one
+    long = tuple(f"{'attach the wheel ' * 200}{number}" for number in range(20))
+    with pytest.raises(UserError, match="too few for what is seen; give fewer or shorter steps"):
+        Assistant(model, builder, Task("build it", long), None, Thresholds(2.0, 2.0))
+
+
+def test_a_window_that_is_over_lets_go_of_its_memory(one: Built, session: SessionData) -> None:
+    model, builder = one
+    alive: list[weakref.ref[LiveWindows]] = []
+    assistant = Assistant(model, builder, TASK, None, Thresholds(2.0, 2.0))
+    gc.disable()
+    try:
+        for each in np.resize(session.features(session.first_tick, 16), (40, 4, 128)):
+            assistant.see(each)
+            if not alive or alive[-1]() is not assistant._live:
+                assert assistant._live is not None
+                alive.append(weakref.ref(assistant._live))
+        assert len(alive) == 5
+        assert sum(window() is not None for window in alive) == 1
+    finally:
+        gc.enable()
 
 
 def test_nothing_grows_with_the_stream(one: Built, session: SessionData) -> None:

@@ -218,7 +218,7 @@ def test_stock_webdataset_reads_labels(labels: Path, shards: Path) -> None:
     assert cache.session_ids == sorted(sessions)
     for session_id, record in found.items():
         video = videos[sessions[session_id]["video_id"]]
-        place = {"uri": video["uri"], "rotation_deg": video["rotation_deg"]}
+        place = {name: video[name] for name in ("recording_id", "uri", "rotation_deg")}
         assert record["meta.json"] == sessions[session_id] | place
         of_session = {
             name: [row for row in tables[name] if row["session_id"] == session_id]

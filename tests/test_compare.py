@@ -48,7 +48,8 @@ def first() -> list[Trace]:
             proposed_transitions=9,
             rejections=(Rejection(2, 0, 1), Rejection(2, 1, 2), Rejection(7, 0, 0)) if number == 5 else (),
             source="wtag",
-            video_id=f"v{number % 4}",
+            video_id=f"v{number}",
+            recording_id=f"v{number % 4}",
             goal="a «goal»",
             heard=((0, "hello"), (4, "what\nnow?"), (4, "well?")),
         )
@@ -83,7 +84,9 @@ def test_intervals_are_those_of_really_resampled_videos(first: list[Trace], seco
     assert [row.second for row in rows] == pytest.approx(values(second))
     rng, differences = np.random.default_rng(5), []
     for draw in rng.integers(4, size=(60, 4)):
-        picked = [[t for video in draw for t in run if t.video_id == f"v{video}"] for run in (first, second)]
+        picked = [
+            [t for video in draw for t in run if t.recording_id == f"v{video}"] for run in (first, second)
+        ]
         differences.append(np.subtract(values(picked[1]), values(picked[0])))
     ordered = np.sort(differences, axis=0)
     place = 0.025 * 59  # between the second and the third of sixty
@@ -105,7 +108,7 @@ def test_what_cannot_be_compared_is_refused(first: list[Trace], second: list[Tra
     other = [replace(second[0], truth=second[0].predicted), *second[1:]]
     with pytest.raises(UserError, match="labels of session s0"):
         compare(first, other, BAG_OF_WORDS)
-    with pytest.raises(UserError, match="all sessions are of the video 'v0'"):
+    with pytest.raises(UserError, match="all sessions are of the recording 'v0'"):
         compare(first[:1], second[:1], BAG_OF_WORDS)
 
 
@@ -136,7 +139,7 @@ def test_a_table_gives_back_what_was_written(tmp_path: Path, first: list[Trace])
             "rejections",
         ):
             assert getattr(one, name) == getattr(other, name)
-        for name in ("source", "video_id", "goal", "heard"):
+        for name in ("source", "video_id", "recording_id", "goal", "heard"):
             assert getattr(one, name) == getattr(other, name)
     write_traces(path, found, about)
     assert path.read_bytes() == once
@@ -195,6 +198,8 @@ def test_logits_come_back_and_give_the_same_decisions(tmp_path: Path, first: lis
         assert trace.predicted.speak.tolist() == meant.predicted.speak.tolist()
         # any thresholds can be tried on what was read: the first window begins before anything, the second from truth
         other = teacher_trace(trace, windows, 24, Thresholds(0.0, 2.0))
+        assert not other.predicted.transitions().any()  # what is given is no prediction
+        assert (trace.predicted.transitions() == meant.predicted.transitions()).all()
         assert other.predicted.speak.all()
         assert (other.predicted.state[:9] == 0).all()
         assert (other.predicted.state[9:] == trace.truth.state[8]).all()

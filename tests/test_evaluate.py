@@ -108,6 +108,19 @@ def test_runs_are_compared_by_what_they_left(run: Path, tmp_path: Path) -> None:
     assert "run 'dst evaluate' first" in result.stderr
 
 
+def test_a_cache_of_another_tower_is_refused(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    config = other / "checkpoints/best/config.json"
+    content = json.loads(config.read_text())
+    for change, said in (
+        ({"sha256": "0" * 64}, "another vision tower"),
+        ({"filter": "bicubic"}, "another filter"),
+    ):
+        config.write_text(json.dumps(content | {"vision": content["vision"] | change}))
+        with pytest.raises(UserError, match=said):
+            evaluate(other, None)
+
+
 def test_an_embedding_that_is_not_to_be_had_is_told_before_the_work(run: Path) -> None:
     result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--embedding", "none/such"])
     assert result.exit_code == 2

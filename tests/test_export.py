@@ -80,6 +80,12 @@ def test_the_card_has_the_measured_figures(run: Path, exported: Path) -> None:
     assert json.loads((exported / "metrics.json").read_text()) == metrics
 
 
+def test_an_export_holds_one_checkpoint(exported: Path) -> None:
+    with pytest.raises(UserError, match="exported with checkpoint 'best', not 'latest'"):
+        Assistant.load(exported, TASK, checkpoint="latest")
+    assert not any("vision" in name for name in load_trained(exported).state_dict())  # the encoder has it
+
+
 def test_what_cannot_be_exported_is_told(run: Path, short_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 import av
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cli import app
@@ -119,20 +121,40 @@ def test_a_recording_shows_picture_and_state_at_their_ticks(tmp_path: Path) -> N
     assert orange[3] > orange[2]
 
 
-def test_an_interrupted_recording_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, UserError("gave no picture for 60 s")])
+def test_what_was_recorded_before_an_end_is_kept(tmp_path: Path, ending: Any) -> None:
     board = Board(Task("goal", ("one",)))
 
-    def interrupted() -> None:
+    def ended(pictures: int) -> None:
         with recording(tmp_path / "film.mp4", 2.0) as recorder:
-            for _ in range(3):
-                recorder.take(np.zeros((64, 64, 3), dtype=np.uint8), board)
-            raise KeyboardInterrupt
+            recorder.take(None, board, 2)
+            for _ in range(pictures):
+                recorder.take(np.zeros((64, 80, 3), dtype=np.uint8), board)
+            raise ending
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    expected = ending if isinstance(ending, type) else type(ending)
+    with pytest.raises(expected):
+        ended(0)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(expected):
+        ended(3)
     with av.open(str(tmp_path / "film.mp4")) as film:
-        assert sum(1 for _ in film.decode(video=0)) == 3
+        frames = list(film.decode(video=0))
+    assert len(frames) == 5  # the gap before the first picture, too
+    assert frames[0].width == 600 + PANEL
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_pictures_of_another_shape_are_not_stretched(tmp_path: Path) -> None:
+    board = Board(Task("goal", ("one",)))
+    with recording(tmp_path / "film.mp4", 2.0) as recorder:
+        recorder.take(np.full((48, 96, 3), 200, dtype=np.uint8), board)
+        recorder.take(np.full((96, 48, 3), 200, dtype=np.uint8), board)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        _, tall = [frame.to_ndarray(format="rgb24")[:, :960] for frame in film.decode(video=0)]
+    assert np.abs(tall[100, 380:580].astype(int) - 200).max() < 12  # 240 wide, in the middle
+    assert tall[100, :340].max() < 60
+    assert tall[100, 620:].max() < 60
 
 
 def test_a_video_that_ends_early_is_seen_to_there(
@@ -183,7 +205,12 @@ def test_what_is_wrong_is_told_in_a_sentence(
 ) -> None:
     (tmp_path / "words.txt").write_text("3 hello\nlater: what?\n")
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
-    bare = shutil.copytree(short_run, tmp_path / "bare")
+    bare, kept, before = (
+        shutil.copytree(short_run, tmp_path / "bare"),
+        tmp_path / "kept.jsonl",
+        video.read_bytes(),
+    )
+    kept.write_text("of last week")
     config = bare / "checkpoints/best/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"speaking_threshold": None}))
     cases: list[tuple[Sequence[Any], str]] = [
@@ -196,12 +223,31 @@ def test_what_is_wrong_is_told_in_a_sentence(
         ((short_run, video, plan, "--record", str(plan / "film.mp4")), "plan.yaml: File exists"),
         ((short_run, video, plan, "--events", str(plan / "e.jsonl")), "e.jsonl cannot be written"),
         ((bare, video, plan), "has no thresholds"),
+        ((short_run, video, plan, "--record", str(video)), "named twice"),
+        ((short_run, video, plan, "--events", str(plan)), "named twice"),
+        ((short_run, tmp_path / "none.mp4", plan, "--events", str(kept)), "none.mp4 is not there"),
+        ((short_run, video, plan, "--rotate", "45"), "--rotate 45 is not"),
     ]
     for arguments, said in cases:
         result = dst(*arguments)
         assert result.exit_code == 2, (said, result.output)
         assert said in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+    assert kept.read_text() == "of last week"
+    assert (video.read_bytes(), plan.read_text()) == (before, PLAN)
+
+
+def test_pictures_are_turned_and_words_after_the_end_are_told(
+    talking: Path, video: Path, plan: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "words.txt").write_text("9999 still there?\n")
+    result = dst(talking, video, plan, "--rotate", "90", "--words", str(tmp_path / "words.txt"))
+    assert "never heard, as the stream ended before: 'still there?'" in result.stderr
+    assistant = Assistant.load(talking, Task("Assemble the toy", ("attach the wheel", "attach the roof")))
+    expected = []
+    for frame in tick_frames(video, Clock(2.0), rotation_deg=90):
+        expected += [event.row() for event in assistant.step(frame.image, frame.tick / 2)]
+    assert rows(result.stdout) == expected
 
 
 def test_words_with_times(tmp_path: Path) -> None:
@@ -288,3 +334,20 @@ def test_the_page_does_what_it_says(
     assert printed == rows(dst(Path("out/runs/tiny"), "kitchen.mp4", Path("plan.yaml"), *more).stdout)
     kinds = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) - {"kind"}
     assert kinds == set(get_args(get_type_hints(Event)["kind"]))
+
+
+def test_a_long_plan_leaves_the_words_and_what_is_typed_in_sight() -> None:
+    board = Board(Task("goal", tuple(f"step number {n}" for n in range(30))))
+    events = [Event("state", 1, 0.5, step=n, state="completed") for n in range(12)]
+    said = [Event("speak", 1, 0.5, text=f"words {n}") for n in range(7)]
+    board.take(0.5, [*events, *said])
+    console = Console(width=80, height=24, file=io.StringIO())
+    console.print(board.render(24, "what n"))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 24
+    shown = "\n".join(lines)
+    assert all(f"words {n}" in shown for n in (2, 6))
+    assert "words 1" not in shown
+    assert "you: what n" in shown
+    assert "step number 12" in shown  # the first that is to do
+    assert "step number 29" not in shown

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.quantize import as_cached
-from pipeline.vision import VisionEncoder
-from schemas.checkpoints import checkpoint_folder
+from pipeline.vision import VisionEncoder, choose_compute
 from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.states import NOT_STARTED, STATE_NAMES
 from schemas.task import Task
-from training.checkpoint import checkpoint_of
+from training.checkpoint import EXPORTED, checkpoint_of, exported_checkpoint, tower_of
 from training.gate import Gate, Thresholds
 from training.live import LiveWindows, Observation
 from training.model import DSTSmolVLM, load_trained
@@ -68,6 +67,9 @@ class Assistant:
         encoder: makes features of pictures; None where only features are given, to `see`.
         thresholds: None takes those that were chosen in training.
         first_tick: where the session begins.
+
+    Raises:
+        UserError: the plan leaves no room in the model's context.
     """
 
     def __init__(
@@ -87,17 +89,24 @@ class Assistant:
         self.next_tick = first_tick
         self._words: list[Words] = []  # of this window, and as many before as its memory holds
         self._live: LiveWindows | None = None
-        self._window_end: int | None = None
         self._held: tuple[NDArray[np.uint8], NDArray[np.float16] | None] | None = None
+        self._begin_window(first_tick, ())
 
     @classmethod
-    def load(cls, source: Path, task: Task, *, checkpoint: str = "best", device: str = "cpu") -> Assistant:
-        """From a run of `dst train`, or a folder that `dst export` wrote.
+    def load(
+        cls, source: Path, task: Task, *, checkpoint: str | None = None, device: str = "cpu"
+    ) -> Assistant:
+        """From a run of `dst train`, whose ``best`` checkpoint is the default, or a folder that `dst export` wrote.
 
         Raises:
             UserError: neither of both, no such checkpoint, or its vision tower is not to be had.
         """
-        folder = source if (source / "config.json").is_file() else checkpoint_of(source, checkpoint)
+        if (source / EXPORTED).is_file():
+            folder, holds = source, exported_checkpoint(source)
+            if checkpoint not in (None, holds):
+                raise UserError(f"{source} was exported with checkpoint {holds!r}, not {checkpoint!r}")
+        else:
+            folder = checkpoint_of(source, checkpoint or "best")
         model = load_trained(folder).to(device)
         return cls(model, SequenceBuilder.of(folder, model.config), task, encoder_of(folder, model, device))
 
@@ -105,9 +114,9 @@ class Assistant:
         """The user says something, at ``t`` seconds or now: it counts from the next tick on that is not yet seen.
 
         Raises:
-            UserError: it takes more than half of the model's context.
+            UserError: it takes more than a quarter of the model's context.
         """
-        most = self.model.config.text_config.max_position_embeddings // 2
+        most = self.model.config.text_config.max_position_embeddings // 4
         if len(self.builder.tokenizer.encode(text)) > most:
             raise UserError(
                 f"what the user says at tick {self.next_tick} is too long: at most {most} tokens find room"
@@ -124,8 +133,8 @@ class Assistant:
         """
         assert self.encoder is not None, "an assistant without an encoder sees features only"
         events: list[Event] = []
-        if self._held is None:
-            self.next_tick = max(self.next_tick, self.clock.tick_of(t - GRACE_S))
+        if self._held is None and (first := self.clock.tick_of(t - GRACE_S)) > self.next_tick:
+            events += self.miss(first, "no picture yet")
         while self._held is not None and self.clock.time_of(self.next_tick) + GRACE_S < t:
             events += self._look()
         self._held = (frame, None)
@@ -158,7 +167,8 @@ class Assistant:
         self.next_tick += 1
         said = tuple(w.text for w in self._words if w.tick == tick and w.role == "user")
         if self._live is None or tick == self._window_end or not self._live.has_room(said):
-            events += self._new_window(tick)
+            self._begin_window(tick, said)
+            events.append(self._event("window", tick))
         assert self._live is not None
         events += [self._event("user", tick, text=text) for text in said]
         decisions = self._live.observe([Observation(features, said)])[0]
@@ -178,16 +188,26 @@ class Assistant:
             events.append(self._event("speak", tick, text=text, probability=_rounded(decisions.speaking[0])))
         return events
 
-    def _new_window(self, tick: int) -> list[Event]:
-        """Begin a window from what is known: the state, and the last turns."""
+    def _begin_window(self, tick: int, said: tuple[str, ...]) -> None:
+        """Write what is known: the plan with its state, and as many of the last turns as the context has room for."""
         words = sorted(self._words, key=lambda w: (w.tick, w.role == "assistant"))
-        earlier = [w for w in words if w.tick < tick]
-        self._words = words[max(0, len(earlier) - self.builder.memory_turns) :]
-        start = self.builder.window(self.task.goal, self.task.steps, self.gate.state, tick, 0, self._words)
-        self._live = LiveWindows(self.model, self.builder, [start])
-        self._shown = start.shown
-        is_first, self._window_end = self._window_end is None, tick + self.model.config.window_ticks
-        return [] if is_first else [self._event("window", tick)]
+        earlier = sum(w.tick < tick for w in words)
+        self._words = words[max(0, earlier - self.builder.memory_turns) :]
+        while True:
+            self._live = None  # its keys and values make room for those of the next
+            start = self.builder.window(
+                self.task.goal, self.task.steps, self.gate.state, tick, 0, self._words
+            )
+            self._live = LiveWindows(self.model, self.builder, [start])
+            if self._live.has_room(said):
+                break
+            if not self._words or self._words[0].tick >= tick:
+                raise UserError(
+                    f"the plan takes {len(start.tokens)} of the {self._live.context} tokens that the model's context "
+                    "has, which leaves too few for what is seen; give fewer or shorter steps"
+                )
+            self._words = self._words[1:]
+        self._shown, self._window_end = start.shown, tick + self.model.config.window_ticks
 
     def _change(
         self, kind: Literal["state", "rejected"], tick: int, step: int, state: int, of: NDArray[np.float32]
@@ -203,7 +223,10 @@ def _rounded(probability: np.floating) -> float:
 
 
 def encoder_of(folder: Path, model: DSTSmolVLM, device: str) -> VisionEncoder:
-    """The vision tower a model was trained with: in its checkpoint, else where the cache had it from.
+    """The vision tower a model was trained with: in its export, else where the cache had it from.
+
+    It computes in what it computed in for the cache, where the device does: on a CPU in float32, and on a GPU without
+    bf16 in float16, which differ by rounding.
 
     Raises:
         UserError: it cannot be found, or is another.
@@ -213,8 +236,12 @@ def encoder_of(folder: Path, model: DSTSmolVLM, device: str) -> VisionEncoder:
         raise UserError(
             f"{folder} does not say which vision tower it was trained with; train it again to use it live"
         )
-    source = folder if model.config.with_vision else checkpoint_folder(vision["model"])
-    encoder = VisionEncoder(source, device, model.config.cached_tokens, filter=vision["filter"], batch_size=1)
+    source = folder if (folder / EXPORTED).is_file() else tower_of(vision)
+    kept, own = vision["compute"], choose_compute(device)
+    compute = "float32" if device == "cpu" else own if kept == "bfloat16" else kept
+    encoder = VisionEncoder(
+        source, device, model.config.cached_tokens, filter=vision["filter"], compute=compute, batch_size=1
+    )
     if encoder.sha256 != vision["sha256"]:
         raise UserError(
             f"{source} holds another vision tower than {folder} was trained with; put that one there"

@@ -51,9 +51,10 @@ def never_update(truth: Track, window_ticks: int | None) -> Track:
     if window_ticks is None:
         return kept
     state = kept.state.copy()
-    for first in range(window_ticks, truth.num_ticks, window_ticks):
-        state[first : first + window_ticks] = truth.state[first - 1]
-    return replace(kept, state=state)
+    given = {first: truth.state[first - 1] for first in range(window_ticks, truth.num_ticks, window_ticks)}
+    for first, told in given.items():
+        state[first : first + window_ticks] = told
+    return replace(kept, state=state, given=given)
 
 
 def majority(truth: Track, most: int) -> Track:

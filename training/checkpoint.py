@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from schemas.checkpoints import checkpoint_folder
 from schemas.errors import UserError
 from schemas.files import replacing_folder
 from training.model import DSTSmolVLM
@@ -21,6 +23,8 @@ from training.sequence import SequenceBuilder
 
 STATE = "trainer.pt"
 WEIGHTS = "*.safetensors"
+EXPORTED = "dst-export.json"
+"""In a folder that `dst export` wrote: of which run and checkpoint."""
 
 
 def checkpoint_of(run: Path, checkpoint: str) -> Path:
@@ -36,6 +40,27 @@ def checkpoint_of(run: Path, checkpoint: str) -> Path:
         told = ", ".join(there) or "none yet"
         raise UserError(f"{run} has no checkpoint {checkpoint!r} (there are: {told})")
     return run / "checkpoints" / checkpoint
+
+
+def exported_checkpoint(folder: Path) -> str:
+    """Which checkpoint of its run an export holds."""
+    name: str = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))["checkpoint"]
+    return name
+
+
+def tower_of(vision: Mapping[str, str]) -> Path:
+    """The checkpoint that a cache's features came from, by the ``vision`` of a model's configuration.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    try:
+        return checkpoint_folder(vision["model"])
+    except UserError:
+        raise UserError(
+            f"the features were made with the vision tower of {vision['model']}, which cannot be had now; "
+            "put it there, or use a folder that 'dst export' wrote while it was"
+        ) from None
 
 
 def save_model(

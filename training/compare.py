@@ -55,27 +55,26 @@ def compare(
     samples: int = 1000,
     seed: int = 0,
 ) -> list[Compared]:
-    """Compare predictions of the same sessions by a paired bootstrap over videos.
+    """Compare predictions of the same sessions by a paired bootstrap over recordings.
 
-    Videos, not sessions, are drawn with replacement, since dialogues on one video stand and fall together; both runs
-    get the same draw. The interval is the one between the percentiles 2.5 and 97.5 of the differences (Efron and
-    Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
+    Recordings, not sessions, are drawn with replacement, since what is said on one, from any of its cameras, stands and
+    falls together; both runs get the same draw. The interval is the one between the percentiles 2.5 and 97.5 of the
+    differences (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
 
     Raises:
-        UserError: the sessions or their truth are not the same, or all are of one video.
+        UserError: the sessions or their truth are not the same, or all are of one recording.
     """
     _require_same(first, second)
-    videos = [trace.video_id for trace in first]
-    names = sorted(set(videos))
+    names = sorted({trace.recording_id for trace in first})
     if len(names) < 2:
         raise UserError(
-            f"all sessions are of the video {names[0]!r}, so nothing can be said about others; score more"
+            f"all sessions are of the recording {names[0]!r}, so nothing can be said about others; score more"
         )
-    counts = [_by_video(traces, names, similarity) for traces in (first, second)]
+    counts = [_by_recording(traces, names, similarity) for traces in (first, second)]
     values = [_values(add_up(each)) for each in counts]
     draws = np.random.default_rng(seed).integers(len(names), size=(samples, len(names)))
     keys = list(counts[0][0])
-    tables = [np.array([[video[key] for key in keys] for video in each]) for each in counts]
+    tables = [np.array([[one[key] for key in keys] for one in each]) for each in counts]
     drawn = np.array([[_values(_sum_of(table, keys, draw)) for table in tables] for draw in draws])
     low, high = np.percentile(drawn[:, 1] - drawn[:, 0], (2.5, 97.5), axis=0)
     return [
@@ -84,15 +83,15 @@ def compare(
     ]
 
 
-def _by_video(traces: Sequence[Trace], names: Sequence[str], similarity: Similarity) -> list[Tally]:
+def _by_recording(traces: Sequence[Trace], names: Sequence[str], similarity: Similarity) -> list[Tally]:
     counts: dict[str, list[Tally]] = {name: [] for name in names}
     for trace in traces:
-        counts[trace.video_id].append(tally(trace, match_trace(trace, similarity)))
+        counts[trace.recording_id].append(tally(trace, match_trace(trace, similarity)))
     return [add_up(each) for each in counts.values()]
 
 
 def _sum_of(table: NDArray[np.float64], keys: Sequence[str], draw: NDArray[np.int64]) -> Tally:
-    """The sum over the videos drawn, a video as often as it was."""
+    """The sum over the recordings drawn, each as often as it was."""
     return dict(zip(keys, table[draw].sum(axis=0).tolist(), strict=True))
 
 

@@ -112,6 +112,7 @@ def true_trace(session: SessionData) -> Trace:
         update_score=None,
         source=meta["source"],
         video_id=meta["video_id"],
+        recording_id=meta.get("recording_id", meta["video_id"]),  # caches of earlier code do not tell it
         goal=session.goal,
         heard=tuple((w.tick - session.first_tick, w.text) for w in session.words if w.role == "user"),
     )

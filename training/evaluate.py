@@ -83,6 +83,13 @@ def evaluate(
             f"{shards} holds {cached[0]} tokens of width {cached[1]} at {cached[2]} Hz, the model was trained on "
             f"{config.cached_tokens} of {config.text_config.hidden_size} at {config.tick_hz} Hz; give its cache"
         )
+    made = {"sha256": cache.fingerprint.vision_sha256, "filter": cache.fingerprint.preprocessing["filter"]}
+    other = [name for name, value in made.items() if config.vision and config.vision[name] != value]
+    if other:
+        raise UserError(
+            f"{shards} was made with another {'vision tower' if 'sha256' in other else 'filter of the resizing'} than "
+            "the model was trained with; give its cache"
+        )
     sessions = load_sessions(cache, split, recipe.data.blind)
     builder, thresholds = SequenceBuilder.of(folder, config), Thresholds.of(config)
     about: dict[str, Any] = {

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.vision import PARTS, load_weights, vision_sha256
-from schemas.checkpoints import checkpoint_folder
 from schemas.errors import UserError
 from schemas.files import replacing_folder, write_text
-from training.checkpoint import STATE, WEIGHTS, checkpoint_of
+from training.checkpoint import EXPORTED, STATE, WEIGHTS, checkpoint_of, tower_of
 from training.evaluate import Reports
 from training.gate import Thresholds
 from training.model import DSTSmolVLMConfig
@@ -39,12 +38,12 @@ def export(run: Path, out: Path, checkpoint: str = "best") -> str | None:
         raise UserError(
             f"{folder} does not say which vision tower it was trained with; train it again to export it"
         )
-    tower = checkpoint_folder(config.vision["model"])
+    tower = tower_of(config.vision)
     if vision_sha256(tower) != config.vision["sha256"]:
         raise UserError(
             f"{tower} holds another vision tower than {folder} was trained with; put that one there"
         )
-    if out.exists() and any(out.iterdir()) and not (out / "dst-export.json").is_file():
+    if out.exists() and any(out.iterdir()) and not (out / EXPORTED).is_file():
         raise UserError(f"{out} is there and is no export; give another --out")
     scores = Reports(run, checkpoint, "test").file("metrics.json")
     metrics = json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else None
@@ -57,9 +56,7 @@ def export(run: Path, out: Path, checkpoint: str = "best") -> str | None:
         shutil.copy(run / "recipe.yaml", temporary)
         config.with_vision = True
         config.save_pretrained(temporary)
-        write_text(
-            temporary / "dst-export.json", json.dumps({"run": run.name, "checkpoint": checkpoint}) + "\n"
-        )
+        write_text(temporary / EXPORTED, json.dumps({"run": run.name, "checkpoint": checkpoint}) + "\n")
         if metrics is not None:
             shutil.copy(scores, temporary / "metrics.json")
         write_text(temporary / "README.md", _card(run, checkpoint, config, metrics))
@@ -93,7 +90,7 @@ def _card(run: Path, checkpoint: str, config: Any, metrics: dict[str, Any] | Non
     gap = config.min_gap_ticks / config.tick_hz
     return f"""---
 library_name: dst
-base_model: {config.vision["model"]}
+base_model: {Path(config.vision["model"]).name if Path(config.vision["model"]).is_dir() else config.vision["model"]}
 pipeline_tag: video-text-to-text
 ---
 # {run.name}, checkpoint {checkpoint}

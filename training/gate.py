@@ -128,6 +128,12 @@ class Course:
         self._speaking: list[NDArray[np.float32]] = []
         self._dst_update: list[NDArray[np.float32]] = []
         self._rejections: list[Rejection] = []
+        self._given: dict[int, NDArray[np.int8]] = {}
+
+    def give(self, state: NDArray[np.int8]) -> None:
+        """The true state before the next tick."""
+        self.gate.validator.state = state.copy()
+        self._given[len(self._states)] = state.copy()
 
     def take(self, decisions: Decisions, shown: NDArray[np.int64]) -> list[int]:
         """The next ticks' decisions on the shown steps; at which of these ticks it speaks, counted from the first."""
@@ -156,6 +162,7 @@ class Course:
             dst_update=dst_update >= self.gate.thresholds.dst_update,
             state=np.stack(self._states),
             responses=tuple(said.get(tick) for tick in ticks),
+            given=self._given,
         )
         return replace(
             session,
@@ -180,7 +187,7 @@ def teacher_trace(
     first = 0
     for decisions in windows:
         if first:
-            course.gate.validator.state = session.truth.state[first - 1].copy()
+            course.give(session.truth.state[first - 1])
         course.take(decisions, shown_steps(course.gate.state, max_plan_steps))
         first += len(decisions.speaking)
     return course.trace(session, {})

@@ -46,7 +46,8 @@ class LiveWindows:
         self.speech = np.zeros((rows, 0), dtype=np.bool_)
         self.position = np.zeros(rows, dtype=np.int64)  # the trunk's next
         self._all_trunk = rows == 1  # a single row has no padding; a branch is hidden from the trunk
-        self._tokens = functools.lru_cache(64)(self._tokens_of)  # of most ticks: a picture, nothing said
+        # of most ticks: a picture, nothing said; it knows nothing of the window, whose keys and values go away with it
+        self._tokens = functools.lru_cache(64)(functools.partial(_tokens_of_tick, builder))
         self.num_steps = [len(start.step_at) for start in starts]
         hidden = self._observe([start.tokens for start in starts], None)
         most = max(self.num_steps)
@@ -85,15 +86,13 @@ class LiveWindows:
     def has_room(self, said: tuple[str, ...]) -> bool:
         """Whether each window has positions left for a tick at which that is heard and as much is said as can be."""
         most = len(self._tokens(said)) + len(self.builder.assistant_prefix) + MAX_WORDS_TOKENS + 1
-        positions: int = self.model.config.text_config.max_position_embeddings
-        return int(self.position.max()) + most <= positions
+        return int(self.position.max()) + most <= self.context
 
-    def _tokens_of(self, said: tuple[str, ...]) -> NDArray[np.int64]:
-        """What a window holds for one tick."""
-        plan = ("", (), np.zeros(0, dtype=np.int8))
-        words = [Words(0, "user", text) for text in said]
-        before, after = (self.builder.window(*plan, 0, ticks, words).tokens for ticks in (0, 1))
-        return after[len(before) :]
+    @property
+    def context(self) -> int:
+        """Positions that the model knows."""
+        positions: int = self.model.config.text_config.max_position_embeddings
+        return positions
 
     @torch.inference_mode()
     def _observe(self, parts: Sequence[NDArray[np.int64]], features: torch.Tensor | None) -> torch.Tensor:
@@ -141,3 +140,11 @@ class LiveWindows:
         self.trunk = np.concatenate([self.trunk, real & trunk], axis=1)
         self.speech = np.concatenate([self.speech, real & (not trunk)], axis=1)
         self._all_trunk &= trunk
+
+
+def _tokens_of_tick(builder: SequenceBuilder, said: tuple[str, ...]) -> NDArray[np.int64]:
+    """What a window holds for one tick."""
+    plan = ("", (), np.zeros(0, dtype=np.int8))
+    words = [Words(0, "user", text) for text in said]
+    before, after = (builder.window(*plan, 0, ticks, words).tokens for ticks in (0, 1))
+    return after[len(before) :]

@@ -35,7 +35,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
         speaking_threshold, dst_update_threshold, min_gap_ticks: chosen on the validation part; the last is how many
             ticks lie between two utterances at least.
         vision: where the features came from: ``model``, ``sha256`` of its vision tower, ``filter`` of the resizing,
-            ``dtype`` that they were kept in.
+            ``dtype`` that they were kept in, ``compute`` type of the tower.
     """
 
     model_type = "dst_smolvlm"
@@ -219,7 +219,7 @@ def from_backbone(folder: Path, config_changes: dict[str, Any], seed: int) -> DS
 
 
 def load_trained(folder: Path) -> DSTSmolVLM:
-    """A trained checkpoint, bit for bit as it was saved.
+    """A trained checkpoint, bit for bit as it was saved; the vision tower of an export is left where it is.
 
     Raises:
         UserError: not a checkpoint of this model, or an incomplete one.
@@ -229,6 +229,7 @@ def load_trained(folder: Path) -> DSTSmolVLM:
     config = DSTSmolVLMConfig.from_pretrained(folder)
     if config.architectures != ["DSTSmolVLM"]:
         raise UserError(f"{folder} holds {config.architectures}, not a trained dialog model")
+    config.with_vision = False
     model, loading = _load(folder, config=config)
     if loading["missing_keys"]:
         raise UserError(f"{folder} lacks {len(loading['missing_keys'])} tensors; it was not saved whole")

@@ -29,7 +29,7 @@ _ROLE_INKS = {"assistant": "#56B4E9", "user": "#CC79A7"}
 
 @contextmanager
 def recording(path: Path, tick_hz: float) -> Iterator[Recorder]:
-    """A recorder whose video takes ``path``'s place when the context is left, also by Ctrl-C: what was seen is kept.
+    """A recorder whose video takes ``path``'s place when the context is left, also by an error: what was seen is kept.
 
     Raises:
         UserError: it cannot be written.
@@ -44,16 +44,16 @@ def recording(path: Path, tick_hz: float) -> Iterator[Recorder]:
                 f"the recording {path} cannot be written ({error.strerror}); give another place"
             ) from None
         recorder = Recorder(container, tick_hz)
-        interrupted: KeyboardInterrupt | None = None
+        ended: BaseException | None = None
         try:
             yield recorder
-        except KeyboardInterrupt as interrupt:
-            if recorder.is_empty:
-                raise
-            interrupted = interrupt
+        except (Exception, KeyboardInterrupt) as error:
+            ended = error
         recorder.close()
-    if interrupted is not None:
-        raise interrupted
+        if recorder.is_empty and ended is not None:
+            raise ended
+    if ended is not None:
+        raise ended
 
 
 class Recorder:
@@ -67,6 +67,7 @@ class Recorder:
         self._stream: Any = None
         self._font = ImageFont.truetype(findfont("DejaVu Sans"), _SIZE)  # comes with matplotlib
         self._picture: Image.Image | None = None
+        self._before = 0  # ticks without a picture before the first one, which says how large the video is
 
     @property
     def is_empty(self) -> bool:
@@ -76,17 +77,20 @@ class Recorder:
         """So many ticks that look like this.
 
         Args:
-            frame: RGB uint8 ``[H, W, 3]``; None where there is no picture: the last one stays, darkened.
+            frame: RGB uint8 ``[H, W, 3]``; None where there is no picture: the last one stays, darkened; before the
+                first one, that one is shown.
         """
         import av
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         if frame is not None:
             width = max(2, round(frame.shape[1] * HEIGHT / frame.shape[0] / 2) * 2)
             size = (width, HEIGHT) if self._picture is None else self._picture.size
-            self._picture = Image.fromarray(frame).resize(size)
+            self._picture = ImageOps.pad(Image.fromarray(frame), size, color=_BACK)
         if self._picture is None:
-            self._picture = Image.new("RGB", (HEIGHT, HEIGHT), _BACK)
+            self._before += ticks
+            return
+        ticks, self._before = ticks + self._before, 0
         shown = self._picture if frame is not None else self._picture.point(lambda value: value // 3)
         image = Image.new("RGB", (shown.width + PANEL, HEIGHT), _BACK)
         image.paste(shown, (0, 0))
@@ -124,10 +128,8 @@ class Recorder:
         words = words[-((HEIGHT // 2 - _MARGIN) // _LINE) :]
         floor = HEIGHT - _MARGIN - len(words) * _LINE
         room = max(1, (floor - y - _LINE) // _LINE)
-        done = sum(state == "completed" for state in board.states)
-        first = min(max(0, done - room // 3), max(0, len(board.states) - room))
         y += _LINE // 2
-        for step in range(first, min(first + room, len(board.states))):
+        for step in board.around_now(room):
             ink = _STATE_INKS[board.states[step]]
             self._mark(draw, x, y, board.states[step], ink)
             draw.text((x + 22, y), self._wrapped(draw, board.task.steps[step])[0], font=self._font, fill=ink)

@@ -101,7 +101,7 @@ def compare_and_tell(first: Reports, second: Reports, embedding: str) -> None:
     """Print the scores of two runs, the differences, and how sure they are."""
     one, other = (read_traces(reports.file("predictions.parquet"))[0] for reports in (first, second))
     rows = compare(one, other, similarity_of(embedding))
-    videos = len({trace.video_id for trace in one})
+    recordings = len({trace.recording_id for trace in one})
     header = ("", "first", "second", "difference", "from", "to", "sure")
     echo_table(
         header,
@@ -112,5 +112,6 @@ def compare_and_tell(first: Reports, second: Reports, embedding: str) -> None:
     )
     typer.echo(f"first: {first.run}, second: {second.run}; words are compared by {embedding}")
     typer.echo(
-        f"from, to: 95 % of the differences of 1000 paired draws of {videos} videos (seed 0); sure where 0 is outside"
+        f"from, to: 95 % of the differences of 1000 paired draws of {recordings} recordings (seed 0); "
+        "sure where 0 is outside"
     )

@@ -49,8 +49,9 @@ def stream_and_tell(
     video: str,
     plan: Path,
     *,
-    checkpoint: str,
+    checkpoint: str | None,
     device: str,
+    rotation_deg: int,
     words: Path | None,
     events: Path | None,
     record: Path | None,
@@ -61,25 +62,35 @@ def stream_and_tell(
         UserError: a file cannot be read or written, or the video cannot be decoded.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; events and recording are whole up to there.
     """
+    _require_apart([path for path in (Path(video), plan, words, events, record) if path is not None])
     task = read_task(plan)
     said = read_words(words) if words else []
     assistant = Assistant.load(run, task, checkpoint=checkpoint, device=device)
     for t_s, text in said:
-        assistant.hear(text, t_s)
+        try:
+            assistant.hear(text, t_s)
+        except UserError as error:
+            raise UserError(f"{words}, second {t_s:g}: {error}") from None
     board = Board(task)
     with ExitStack() as stack:
         to: list[IO[str]] = [] if sys.stdout.isatty() else [sys.stdout]
-        if events is not None:
-            to.append(stack.enter_context(_opened(events)))
         recorder = stack.enter_context(recording(record, assistant.clock.tick_hz)) if record else None
         typing = stack.enter_context(Typing()) if sys.stdin.isatty() and sys.stdout.isatty() else None
         show = stack.enter_context(_view(board, typing)) if sys.stdout.isatty() else None
 
         def hear() -> None:
             for line in typing.lines() if typing else []:
-                assistant.hear(line)
+                try:
+                    assistant.hear(line)
+                    board.note = ""
+                except UserError as error:
+                    board.note = str(error)
 
         def on_tick(tick: TickFrame | Gap, happened: Sequence[Event]) -> None:
+            if events is not None and len(to) < (1 if sys.stdout.isatty() else 2):
+                to.append(
+                    stack.enter_context(_opened(events))
+                )  # not before there is something to write into it
             for file in to:
                 file.writelines(json.dumps(event.row(), ensure_ascii=False) + "\n" for event in happened)
                 file.flush()
@@ -93,7 +104,7 @@ def stream_and_tell(
                 show()
 
         try:
-            with closing(live_ticks(video, assistant.clock)) as ticks:
+            with closing(live_ticks(video, assistant.clock, rotation_deg=rotation_deg)) as ticks:
                 stream(assistant, ticks, hear, on_tick)
         except DecodeError as error:
             what = "" if is_live(video) else "; give a video that PyAV opens, a camera's number or an address"
@@ -105,6 +116,23 @@ def stream_and_tell(
         ", ".join(f"{count} {kind}" for kind, count in sorted(board.counts.items())) or "nothing happened"
     )
     typer.echo(f"the stream ended at {board.clock}: {counts}", err=True)
+    late = [text for t_s, text in said if assistant.clock.tick_of(t_s) >= assistant.next_tick]
+    if late:
+        typer.echo(f"never heard, as the stream ended before: {', '.join(map(repr, late))}", err=True)
+
+
+def _require_apart(paths: Sequence[Path]) -> None:
+    """What is written must not be what is read.
+
+    Raises:
+        UserError: two of them are one file.
+    """
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(
+                f"{path} is named twice; what is read and what is written must be files of their own"
+            )
 
 
 def read_words(path: Path) -> list[tuple[float, str]]:
@@ -146,10 +174,12 @@ def _view(board: Board, typing: Typing | None) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    def render() -> Any:
-        return board.render(typing.text if typing else None)
+    console = Console()
 
-    with Live(get_renderable=render, console=Console(), refresh_per_second=8) as live:
+    def render() -> Any:
+        return board.render(console.height, typing.text if typing else None)
+
+    with Live(get_renderable=render, console=console, refresh_per_second=8) as live:
         yield live.refresh
 
 

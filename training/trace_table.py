@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def write_traces(
             "proposed_transitions": trace.proposed_transitions,
             "source": trace.source,
             "video_id": trace.video_id,
+            "recording_id": trace.recording_id,
             "goal": trace.goal,
         }
         for trace in traces
@@ -192,6 +194,12 @@ def _traces(table: pa.Table, sessions: Sequence[dict[str, Any]]) -> Iterator[Tra
             speak, update = (part[f"{name}{ending}"].to_numpy() for name in ("speak", "dst_update"))
             return Track(speak, update, state, tuple(part[f"response{ending}"].to_pylist()))
 
+        truth, predicted = track("_true"), track("")
+        if "window_first_tick" in part.column_names:  # before which the true state was given
+            seams = np.unique(part["window_first_tick"].to_numpy()) - session["first_tick"]
+            given = {int(tick): truth.state[tick - 1] for tick in seams if tick}
+            predicted = replace(predicted, given=given)
+
         def scores(name: str, part: pa.Table = part) -> np.ndarray | None:
             return None if part[name].null_count else part[name].to_numpy()
 
@@ -203,14 +211,15 @@ def _traces(table: pa.Table, sessions: Sequence[dict[str, Any]]) -> Iterator[Tra
             tick_hz=session["tick_hz"],
             first_tick=session["first_tick"],
             step_names=tuple(session["step_names"]),
-            truth=track("_true"),
-            predicted=track(""),
+            truth=truth,
+            predicted=predicted,
             speak_score=scores("speak_score"),
             update_score=scores("dst_update_score"),
             proposed_transitions=session["proposed_transitions"],
             rejections=tuple(Rejection(tick, r["step"], r["state"]) for tick, r in said("rejected")),
             source=session["source"],
             video_id=session["video_id"],
+            recording_id=session["recording_id"],
             goal=session["goal"],
             heard=tuple(said("heard")),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ class Track:
     """What happens at each of a session's T ticks, true or predicted, for the K steps of its plan.
 
     ``speak`` and ``dst_update`` are bool ``[T]``; ``state`` is int8 ``[T, K]`` with the values of
-    `schemas.states`; ``responses`` holds T entries, the text where it speaks and None elsewhere.
+    `schemas.states`; ``responses`` holds T entries, the text where it speaks and None elsewhere. ``given`` has the
+    state int8 ``[K]`` that a predictor was told to be true before a tick, by tick: what differs is what it changed.
 
     Raises:
         ValueError: the parts do not have the same number of ticks.
@@ -29,6 +31,7 @@ class Track:
     dst_update: NDArray[np.bool_]
     state: NDArray[np.int8]
     responses: tuple[str | None, ...]
+    given: Mapping[int, NDArray[np.int8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ticks = len(self.responses)
@@ -54,6 +57,8 @@ class Track:
         """What changes at each tick, int8 bits ``[T, K]``; before the first tick nothing is started."""
         before = np.full_like(self.state, NOT_STARTED)
         before[1:] = self.state[:-1]
+        for tick, state in self.given.items():
+            before[tick] = state
         return transitions_between(before, self.state)
 
 
@@ -72,7 +77,8 @@ class Trace:
     ``first_tick`` is the video's tick at which the session starts. The scores are float32 ``[T]``
     probabilities, None for a predictor that has none. The transitions proposed and rejected are those
     of `schemas.states.StateValidator`. ``source`` is the corpus, which says how far words may lie from the true ones.
-    ``heard`` is what the user says. Ticks of words and rejections are counted from the session's first.
+    Videos of one ``recording_id`` show the same. ``heard`` is what the user says. Ticks of words and rejections are
+    counted from the session's first.
 
     Raises:
         ValueError: truth, prediction, scores and step names do not fit each other.
@@ -90,6 +96,7 @@ class Trace:
     rejections: tuple[Rejection, ...] = ()
     source: str = ""
     video_id: str = ""
+    recording_id: str = ""
     goal: str = ""
     heard: tuple[tuple[int, str], ...] = ()
 

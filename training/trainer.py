@@ -73,10 +73,11 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
         "speech": recipe.data.speech,
         "speak_by": recipe.data.speak_by,
         "vision": {
-            "model": name if tower else fingerprint.model,
+            "model": _found_again(name if tower else fingerprint.model),
             "sha256": fingerprint.vision_sha256,
             "filter": fingerprint.preprocessing["filter"],
             "dtype": fingerprint.dtype,
+            "compute": fingerprint.compute,
         },
     }
     ticks = recipe.data.window_ticks * int(changes["visual_tokens"])
@@ -90,6 +91,11 @@ def build(recipe: Recipe, cache: ShardCache) -> tuple[DSTSmolVLM, SequenceBuilde
     model.config.end_of_turn_token = builder.end_of_utterance
     choose_trained(model, recipe.model, recipe.train.seed)
     return model, builder
+
+
+def _found_again(name: str) -> str:
+    """A checkpoint's hub name, or its folder by a path that holds wherever one stands."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def train(
