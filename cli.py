@@ -180,7 +180,7 @@ def inspect(
         for line in timeline(shown):
             typer.echo(line)
         out = out or Path("out/pictures") / f"{session.replace('/', '_')}.png"
-        labels_picture(shown, some_frames(shown), out)
+        labels_picture(shown, some_frames(shown, lambda why: typer.echo(f"no frames: {why}", err=True)), out)
         typer.echo(f"picture in {out}")
         return
     if out is not None:
@@ -409,7 +409,7 @@ def evaluate(
 ) -> None:
     """Score a run beside baselines that never look, and write a report to open in a browser.
 
-    Example: dst evaluate --run out/runs/tiny --split test --embedding bag-of-words
+    Example: dst evaluate --run out/runs/tiny --split test
     """
     if mode not in ("free", "teacher"):
         raise UserError(f"--mode {mode!r} is neither free nor teacher")
@@ -427,16 +427,19 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Another one, scored on the same sessions.")],
     split: Split = "test",
     checkpoint: Checkpoint = "best",
-    embedding: Embedding = DEFAULT_EMBEDDING,
+    embedding: Annotated[
+        str | None, typer.Option(help="How words are compared. Default: as both were scored.")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print them as CSV, for other programs.")] = False,
 ) -> None:
     """Put two runs side by side: differences with bootstrap intervals over recordings. Needs no model and no cache.
 
-    Example: dst compare out/runs/tiny out/runs/proassist --embedding bag-of-words
+    Example: dst compare out/runs/tiny out/runs/proassist
     """
     from training.evaluate import Reports
     from training.report_terminal import compare_and_tell
 
-    compare_and_tell(Reports(first, checkpoint, split), Reports(second, checkpoint, split), embedding)
+    compare_and_tell(Reports(first, checkpoint, split), Reports(second, checkpoint, split), embedding, csv)
 
 
 @app.command()
@@ -455,6 +458,8 @@ def stream(
     record: Annotated[
         Path | None, typer.Option(help="Write an mp4 of the pictures with the state beside them.")
     ] = None,
+    start: Annotated[float, typer.Option(help="Second at which the task begins.")] = 0.0,
+    pace: Annotated[bool, typer.Option("--pace", help="A file in real time, to be looked at.")] = False,
     rotate: Annotated[
         int,
         typer.Option(help="Degrees counter-clockwise, as the corpus' videos were turned: 0, 90, 180, 270."),
@@ -470,7 +475,7 @@ def stream(
 
     Where the output is no terminal, it is the events as they happen, a line of JSON each.
 
-    Example: dst stream --run out/runs/tiny --video kitchen.mp4 --plan plan.yaml --record seen.mp4
+    Example: dst stream --run out/runs/tiny --video 0 --plan plan.yaml
     """
     chosen = choose_device(gpu, device)
     from training.stream import stream_and_tell
@@ -482,6 +487,8 @@ def stream(
         checkpoint=checkpoint,
         device=chosen,
         rotation_deg=rotate,
+        start_s=start,
+        pace=pace,
         words=words,
         events=events,
         record=record,

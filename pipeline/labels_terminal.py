@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,8 @@ def echo_counts(rows: Sequence[Mapping[str, Any]], rejects: Sequence[Mapping[str
             typer.echo(f"  {row['reason']}: {row['example']}")
 
 
-def some_frames(session: LabelledSession) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Eight of a session's frames, from its first tick to its last; none, and a line, where the video is gone."""
+def some_frames(session: LabelledSession, say: Callable[[str], None]) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Eight of a session's frames, from its first tick to its last; none, and a sentence, where the video is gone."""
     from pipeline.decode import DecodeError, tick_frames
     from schemas.clock import Clock
 
@@ -82,5 +82,5 @@ def some_frames(session: LabelledSession) -> list[tuple[int, NDArray[np.uint8]]]
         frames = tick_frames(meta["uri"], Clock(meta["tick_hz"]), last, meta["rotation_deg"])
         return [(frame.tick, frame.image) for frame in frames if frame.tick in wanted]
     except DecodeError as error:
-        typer.echo(f"the picture has no frames: {error}", err=True)
+        say(str(error))
         return []

@@ -32,6 +32,10 @@ class Task:
             raise ValueError(f"two steps are named {twice[0]!r}")
 
 
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    return error.reason if isinstance(error, UnicodeDecodeError) else str(error.strerror)
+
+
 def read_task(path: Path) -> Task:
     """Read a YAML file with ``goal``, a text, and ``steps``, a list of texts.
 
@@ -44,7 +48,7 @@ def read_task(path: Path) -> Task:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the plan {path} cannot be read ({error})") from None
+        raise UserError(f"the plan {path} cannot be read ({_why(error)}); {example}") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""

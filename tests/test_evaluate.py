@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from cli import app
 from schemas.errors import UserError
+from training.embedding import LOCAL_MARK
 from training.evaluate import evaluate
 from training.gate import Thresholds, teacher_trace
 from training.metrics import score
 from training.model import load_trained
+from training.trace_table import read_traces, write_traces
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_a_checkpoint_that_is_not_there(run: Path) -> None:
 def test_teacher_forced_logits_give_any_thresholds_without_the_model(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["evaluate", "--run", str(run), "--mode", "teacher", "--embedding", "bag-of-words"]
+    arguments = ["evaluate", "--run", str(run), "--mode", "teacher"]  # words are not compared
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 0, result.output
     metrics = json.loads((run / "metrics-teacher-best-test.json").read_text())
@@ -102,10 +104,29 @@ def test_runs_are_compared_by_what_they_left(run: Path, tmp_path: Path) -> None:
         "0.000",
         "0.000",
     ]  # a run is as good as itself, and that is all that is sure
-    (other / "predictions-best-test.parquet").unlink()
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert "run 'dst evaluate' first" in result.stderr
+    result = CliRunner().invoke(app, [*arguments[:3], "--csv"])  # by what both were scored with
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("joint near"))
+    values = row.split(",")
+    assert values[1] == values[2]
+    assert (float(values[3]), float(values[4])) == (0.0, 0.0)
+    table = other / "predictions-best-test.parquet"
+    traces, about = read_traces(table)
+    for said, change in (
+        ("give one with --embedding", {"embedding": "all-mpnet-base-v2"}),
+        ("give its folder", {"embedding": f"some{LOCAL_MARK}123)"}),
+    ):
+        write_traces(table, traces, about | change)
+        both = str(other) if "folder" in said else str(run)
+        result = CliRunner().invoke(app, ["compare", both, str(other)])
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    table.unlink()
+    for changed, said in (
+        (arguments, "run 'dst evaluate' first"),
+        (["compare", str(run), str(tmp_path / "nope")], "nope is not a run"),
+        ([*arguments, "--checkpoint", "bset"], "has no checkpoint 'bset'"),
+    ):
+        result = CliRunner().invoke(app, changed)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
 
 
 def test_a_cache_of_another_tower_is_refused(run: Path, tmp_path: Path) -> None:

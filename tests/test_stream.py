@@ -21,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 import av
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -32,6 +33,7 @@ from schemas.errors import UserError
 from schemas.task import Task, read_task
 from training.assistant import Assistant, Event
 from training.board import Board
+from training.evaluate import evaluate
 from training.recording import HEIGHT, PANEL, recording
 from training.stream import read_words
 
@@ -227,6 +229,7 @@ def test_what_is_wrong_is_told_in_a_sentence(
         ((short_run, video, plan, "--events", str(plan)), "named twice"),
         ((short_run, tmp_path / "none.mp4", plan, "--events", str(kept)), "none.mp4 is not there"),
         ((short_run, video, plan, "--rotate", "45"), "--rotate 45 is not"),
+        ((short_run, video, plan, "--record", str(tmp_path / "a.webm")), "would be an mp4"),
     ]
     for arguments, said in cases:
         result = dst(*arguments)
@@ -256,26 +259,45 @@ def test_words_with_times(tmp_path: Path) -> None:
     assert read_words(path) == [(0.0, "hello"), (12.5, "what comes   next?"), (7.0, "ok")]
 
 
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An hour, so that a stream is not over when something happens to it."""
+    path = tmp_path_factory.mktemp("videos") / "long.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=2, options={"preset": "ultrafast"})
+        stream.width = stream.height = 64
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), dtype=np.uint8), format="rgb24")
+        for tick in range(7200):
+            frame.pts = tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def arguments_of(run: Path, video: Path, plan: Path, *more: Path | str) -> list[str]:
+    arguments = ["stream", "--run", run, "--video", video, "--plan", plan, "--device", "cpu", *more]
+    return [sys.executable, "-c", "from cli import app; app()", *map(str, arguments)]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_keeps_what_was_seen(
-    talking: Path, video: Path, plan: Path, tmp_path: Path, how: signal.Signals
+    talking: Path, long_video: Path, plan: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     record = tmp_path / "film.mp4"
-    arguments = ["stream", "--run", talking, "--video", video, "--plan", plan, "--record", record]
-    code = "from cli import app; app()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"],
+        arguments_of(talking, long_video, plan, "--record", record),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
-    while json.loads(process.stdout.readline())["tick"] < 3:
-        pass
+    for line in process.stdout:
+        if json.loads(line)["tick"] >= 3:
+            break
     process.send_signal(how)
     told, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + how
+    assert process.returncode == 128 + how, errors
     assert all(json.loads(line) for line in told.splitlines())
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-2].startswith("seen up to 0:")
@@ -285,33 +307,62 @@ def test_a_signal_ends_it_and_keeps_what_was_seen(
 
 
 def test_on_a_terminal_it_shows_the_plan_and_hears_what_is_typed(
-    short_run: Path, video: Path, plan: Path, tmp_path: Path
+    short_run: Path, long_video: Path, plan: Path, tmp_path: Path
 ) -> None:
     events = tmp_path / "events.jsonl"
-    arguments = ["stream", "--run", short_run, "--video", video, "--plan", plan, "--events", events]
+    command = arguments_of(short_run, long_video, plan, "--events", events, "--pace")
     pid, terminal = pty.fork()
     if pid == 0:  # the child, whose terminal it is
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-        code = "from cli import app; app()"
-        os.execv(sys.executable, [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"])
-    shown, until, typed = b"", time.monotonic() + 90, False
-    while time.monotonic() < until:
-        if select.select([terminal], [], [], 1)[0]:
+        os.execv(sys.executable, command)
+    shown, until, ended = b"", time.monotonic() + 120, False
+    to_type = [("you:", "what noww\x7f, grüße?"), ("you: what now, grüße?", "\r"), ("heard", "\x03")]
+    while not ended and time.monotonic() < until:
+        if select.select([terminal], [], [], 0.5)[0]:
             try:
                 shown += os.read(terminal, 65536)
             except OSError:  # it has ended
-                break
-        if not typed and b"you:" in shown:
-            os.write(terminal, "what noww\x7f, grüße?\r".encode())
-            typed = True
+                ended = True
+        heard = "heard" if events.is_file() and '"user"' in events.read_text() else ""
+        if to_type and to_type[0][0] in shown.decode(errors="replace") + heard:
+            os.write(terminal, to_type.pop(0)[1].encode())
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     text = shown.decode(errors="replace")
-    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT, text
     assert "attach the wheel" in text
     assert "Assemble the toy" in text
-    assert "the stream ended at" in text
-    heard = [row["text"] for row in rows(events.read_text()) if row["kind"] == "user"]
-    assert heard == ["what now, grüße?"]
+    assert "seen up to" in text
+    said = [row for row in rows(events.read_text()) if row["kind"] == "user"]
+    assert [row["text"] for row in said] == ["what now, grüße?"]
+    # two ticks a second at most: it is real time
+    assert said[0]["t_s"] <= time.monotonic() - until + 120
+
+
+def test_a_task_within_a_video_is_what_evaluation_makes_of_it(
+    talking: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Sessions have their place on a video; with it, and the user's words, live and cached features agree."""
+    cache = ShardCache(shards)
+    _, traces = evaluate(talking, shards, split="train")
+    trace = max(traces, key=lambda trace: (trace.first_tick > 20 and len(trace.heard) > 0, -trace.first_tick))
+    assert trace.first_tick > 20
+    assert trace.heard
+    start = trace.first_tick / 2
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"goal": trace.goal, "steps": list(trace.step_names)}))
+    said = [f"{start + tick / 2} {text}\n" for tick, text in trace.heard]
+    (tmp_path / "words.txt").write_text("".join(said))
+    uri = cache.session(trace.session_id).meta["uri"]
+    more = ("--start", str(start), "--words", str(tmp_path / "words.txt"))
+    found = rows(dst(talking, uri, tmp_path / "plan.yaml", *more).stdout)
+    end = trace.first_tick + trace.truth.num_ticks
+    spoken = [(row["tick"] - trace.first_tick, row["text"]) for row in found if row["kind"] == "speak"]
+    meant = [(tick, text) for tick, text in enumerate(trace.predicted.responses) if text is not None]
+    assert [each for each in spoken if each[0] < end - trace.first_tick] == meant
+    assert len(meant) > 1
+    heard = [(row["tick"] - trace.first_tick, row["text"]) for row in found if row["kind"] == "user"]
+    assert heard == list(trace.heard)
 
 
 def test_the_page_does_what_it_says(

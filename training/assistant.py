@@ -94,9 +94,18 @@ class Assistant:
 
     @classmethod
     def load(
-        cls, source: Path, task: Task, *, checkpoint: str | None = None, device: str = "cpu"
+        cls,
+        source: Path,
+        task: Task,
+        *,
+        checkpoint: str | None = None,
+        device: str = "cpu",
+        start_s: float = 0.0,
     ) -> Assistant:
         """From a run of `dst train`, whose ``best`` checkpoint is the default, or a folder that `dst export` wrote.
+
+        Args:
+            start_s: second of the stream at which the task begins; pictures before are not looked at.
 
         Raises:
             UserError: neither of both, no such checkpoint, or its vision tower is not to be had.
@@ -108,7 +117,9 @@ class Assistant:
         else:
             folder = checkpoint_of(source, checkpoint or "best")
         model = load_trained(folder).to(device)
-        return cls(model, SequenceBuilder.of(folder, model.config), task, encoder_of(folder, model, device))
+        builder, encoder = SequenceBuilder.of(folder, model.config), encoder_of(folder, model, device)
+        first_tick = Clock(model.config.tick_hz).tick_of(start_s)
+        return cls(model, builder, task, encoder, first_tick=first_tick)
 
     def hear(self, text: str, t: float | None = None) -> None:
         """The user says something, at ``t`` seconds or now: it counts from the next tick on that is not yet seen.
@@ -118,9 +129,7 @@ class Assistant:
         """
         most = self.model.config.text_config.max_position_embeddings // 4
         if len(self.builder.tokenizer.encode(text)) > most:
-            raise UserError(
-                f"what the user says at tick {self.next_tick} is too long: at most {most} tokens find room"
-            )
+            raise UserError(f"the user's words are too long: at most {most} tokens find room")
         tick = self.next_tick if t is None else max(self.next_tick, self.clock.tick_of(t))
         self._words.append(Words(tick, "user", text))
 
@@ -156,6 +165,8 @@ class Assistant:
 
     def miss(self, end_tick: int, reason: str) -> list[Event]:
         """Nothing could be seen from the next tick to before ``end_tick``: what follows is a window of its own."""
+        if end_tick < self.next_tick:  # before the task begins
+            return []
         first, self._held = self.next_tick, None
         heard = [self._event("user", w.tick, text=w.text) for w in self._words if first <= w.tick < end_tick]
         self.next_tick, self._live = end_tick, None
@@ -232,7 +243,7 @@ def encoder_of(folder: Path, model: DSTSmolVLM, device: str) -> VisionEncoder:
         UserError: it cannot be found, or is another.
     """
     vision = model.config.vision
-    if not vision:
+    if not vision or "compute" not in vision:
         raise UserError(
             f"{folder} does not say which vision tower it was trained with; train it again to use it live"
         )

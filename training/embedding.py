@@ -15,6 +15,8 @@ from schemas.checkpoints import DEFAULT_EMBEDDING, checkpoint_folder
 from schemas.errors import UserError
 from training.matched import BAG_OF_WORDS, Similarity
 
+LOCAL_MARK = " (sha256 "
+"""In the name of a model that was taken from a folder."""
 BATCH = 64
 POSITIONS_AFTER_PADDING = ("mpnet", "roberta", "xlm-roberta", "camembert")
 """Architectures whose first position is the one behind the number of the padding token."""
@@ -51,7 +53,7 @@ class SentenceModel:
         self._max_tokens = _max_tokens(folder, self._tokenizer, self._model.config)
         self._vectors: dict[str, NDArray[np.float64]] = {}
         local = Path(name).is_dir()
-        self.name = f"{folder.resolve().name} (sha256 {_sha256(folder)[:12]})" if local else name
+        self.name = f"{folder.resolve().name}{LOCAL_MARK}{_sha256(folder)[:12]})" if local else name
 
     def __call__(self, said: Sequence[str], meant: Sequence[str]) -> NDArray[np.float64]:
         """Cosines ``[G, R]`` in [-1, 1]."""

@@ -34,7 +34,7 @@ def export(run: Path, out: Path, checkpoint: str = "best") -> str | None:
     folder = checkpoint_of(run, checkpoint)
     config = DSTSmolVLMConfig.from_pretrained(folder)
     Thresholds.of(config)
-    if not config.vision:
+    if not config.vision or "compute" not in config.vision:
         raise UserError(
             f"{folder} does not say which vision tower it was trained with; train it again to export it"
         )
@@ -87,7 +87,11 @@ def _write_weights(folder: Path, tower: Path, out: Path) -> None:
 
 def _card(run: Path, checkpoint: str, config: Any, metrics: dict[str, Any] | None) -> str:
     figures = table_markdown(metrics) if metrics else "It was not scored before the export.\n"
-    gap = config.min_gap_ticks / config.tick_hz
+    gap = (
+        f", at least {config.min_gap_ticks / config.tick_hz:g} s after its last words"
+        if config.min_gap_ticks
+        else ""
+    )
     return f"""---
 library_name: dst
 base_model: {Path(config.vision["model"]).name if Path(config.vision["model"]).is_dir() else config.vision["model"]}
@@ -113,8 +117,8 @@ or in Python:
     assistant = Assistant.load(Path("FOLDER"), Task("Make tea", ("boil water", "pour it over the leaves")))
     events = assistant.step(frame, seconds)  # RGB uint8 [H, W, 3], since the stream began
 
-It speaks from a probability of {config.speaking_threshold:.3f} on, at least {gap:g} s after its last words, and updates
-the state from {config.dst_update_threshold:.3f} on: chosen on the validation part.
+It speaks from a probability of {config.speaking_threshold:.3f} on{gap}, and updates the state from
+{config.dst_update_threshold:.3f} on: chosen on the validation part.
 
 ## Scores
 

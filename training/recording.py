@@ -36,6 +36,8 @@ def recording(path: Path, tick_hz: float) -> Iterator[Recorder]:
     """
     import av
 
+    if path.suffix != ".mp4":
+        raise UserError(f"the recording {path} would be an mp4; name it so")
     with replacing_file(path) as temporary:
         try:
             container = av.open(str(temporary), "w", format="mp4")
@@ -50,8 +52,8 @@ def recording(path: Path, tick_hz: float) -> Iterator[Recorder]:
         except (Exception, KeyboardInterrupt) as error:
             ended = error
         recorder.close()
-        if recorder.is_empty and ended is not None:
-            raise ended
+        if recorder.is_empty:
+            raise ended or UserError(f"nothing was seen, so there is no recording {path}")
     if ended is not None:
         raise ended
 

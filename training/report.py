@@ -18,7 +18,7 @@ from schemas.files import write_text
 from training.evaluate import TABLE, table_rows
 from training.matched import ALIKE, BAG_OF_WORDS, Pair, Similarity, match_trace, utterances
 from training.metrics import scores_of
-from training.sweep import precision_recall
+from training.sweep import precision_recall, spaced
 from training.tally import TOLERANCES_S, match_events, tally
 from training.traces import Trace, Track
 
@@ -92,11 +92,18 @@ def write_report(
 
 
 def table_markdown(metrics: dict[str, Any]) -> str:
-    """The scores beside the baselines as a table in Markdown, the same rows as the page's first table."""
+    """The scores beside the baselines as a table in Markdown, the same rows as the page's first table, and of what."""
     lines = [["", *TABLE], ["---"] * (len(TABLE) + 1)]
     for name, values in table_rows(metrics):
         lines.append([_called(name), *("–" if value is None else f"{value:.3f}" for value in values)])
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    about = metrics["about"]
+    told = [
+        f"{about['sessions']} {about['split']} sessions, {about['ticks']} ticks, "
+        + ("free-running" if about["mode"] == "free" else "teacher-forced"),
+        f"combined: {metrics['combined']['formula']}",
+        *([f"words are compared by {about['embedding']}"] if "embedding" in about else []),
+    ]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines) + "\n" + "; ".join(told) + ".\n"
 
 
 def _called(predictor: str) -> str:
@@ -127,7 +134,8 @@ def _decision(
 ) -> dict[str, Any]:
     """A decision's curves, and the scores at the threshold that was used; without curves, why there are none."""
     at = {key: scores[key] for key in ("threshold", "pr_auc", "precision", "recall", "f1")}
-    at |= {"name": name, "event_f1": scores["event_f1"][EVENT_TOLERANCE]}
+    gap_s = scores.get("min_gap_s", 0.0)
+    at |= {"name": name, "event_f1": scores["event_f1"][EVENT_TOLERANCE], "gap_s": gap_s}
     truths = [getattr(trace.truth, column) for trace in traces]
     known = [each for trace in traces if (each := getattr(trace, probability)) is not None]
     if len(known) < len(traces):
@@ -137,16 +145,18 @@ def _decision(
         return {**at, "points": [], "missing": "It is never called for in these sessions."}
     all_scores = np.concatenate(known)
     points = []
-    for threshold, precision, recall in _thinned(precision_recall(all_scores, truth, len(all_scores))):
-        hits, predicted = 0, 0
+    positives = int(truth.sum())
+    for threshold, _, _ in _thinned(precision_recall(all_scores, truth, len(all_scores))):
+        hits, near, predicted = 0, 0, 0
         for trace, true, each in zip(traces, truths, known, strict=True):
-            fires = np.flatnonzero(each >= threshold).tolist()
+            fires = spaced(np.flatnonzero(each >= threshold).tolist(), round(gap_s * trace.tick_hz))
+            hits += int(true[fires].sum())
             reach = TOLERANCES_S[EVENT_TOLERANCE] * trace.tick_hz
-            hits += len(match_events(np.flatnonzero(true).tolist(), fires, reach))
+            near += len(match_events(np.flatnonzero(true).tolist(), fires, reach))
             predicted += len(fires)
-        f1 = 2 * precision * recall / (precision + recall) if recall else 0.0
-        event_f1 = 2 * hits / (int(truth.sum()) + predicted)
-        points.append([round(value, 4) for value in (threshold, precision, recall, f1, event_f1)])
+        f1, event_f1 = (2 * found / (positives + predicted) for found in (hits, near))
+        values = (threshold, hits / predicted, hits / positives, f1, event_f1)
+        points.append([round(value, 4) for value in values])
     return {**at, "points": points, "missing": None}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
+from csv import DictWriter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import typer
 from pipeline.labels_terminal import some_frames
 from pipeline.shards import ShardCache
 from pipeline.terminal import echo_table
+from schemas.errors import UserError
 from schemas.files import write_text
+from training.checkpoint import checkpoint_of
 from training.compare import compare
-from training.embedding import similarity_of
+from training.embedding import LOCAL_MARK, similarity_of
 from training.evaluate import TABLE, Reports, cache_of, evaluate, middle_trace, table_rows
+from training.matched import BAG_OF_WORDS
 from training.plots import timeline_picture
 from training.report import table_markdown, write_report
 from training.trace_table import read_traces
@@ -36,7 +41,9 @@ def evaluate_and_tell(
     Returns:
         The scores, those of the control under ``blind``.
     """
-    similarity = similarity_of(embedding, device)
+    similarity = (
+        similarity_of(embedding, device) if reports.mode == "free" else BAG_OF_WORDS
+    )  # which says nothing
     how: dict[str, Any] = {
         "split": reports.split,
         "checkpoint": reports.checkpoint,
@@ -58,11 +65,19 @@ def evaluate_and_tell(
         typer.echo(f"left out: {about['left_out']}", err=True)
     cache = ShardCache(shards or cache_of(reports.run))
     write_text(reports.file("scores.md"), table_markdown(metrics))
+    pictures = _Pictures(cache, traces)
     page = reports.file("report.html")
-    write_report(page, metrics, traces, _Pictures(cache, traces), similarity)
+    write_report(page, metrics, traces, pictures, similarity)
+    if pictures.missing:
+        typer.echo(
+            f"{len(pictures.missing)} sessions have no frames in the report: {pictures.missing[0]}; "
+            "start dst where the cache was made",
+            err=True,
+        )
     trace = middle_trace(traces)
     picture = reports.file("timeline.png")
-    timeline_picture(trace, some_frames(cache.session(trace.session_id)), picture, trace.goal)
+    frames = some_frames(cache.session(trace.session_id), lambda why: None)  # which is told already
+    timeline_picture(trace, frames, picture, trace.goal)
     typer.echo(f"report to open in a browser: {page}; one session's timeline: {picture}")
     typer.echo(
         f"all scores: {reports.file('metrics.json')}; all ticks: {reports.file('predictions.parquet')}"
@@ -75,6 +90,7 @@ class _Pictures:
 
     def __init__(self, cache: ShardCache, traces: Sequence[Trace]) -> None:
         self.cache = cache
+        self.missing: list[str] = []  # why, of each session without
 
         def right(trace: Trace) -> float:
             return float((trace.truth.state == trace.predicted.state).all(1).mean())
@@ -89,7 +105,7 @@ class _Pictures:
         if trace.session_id not in self.chosen:
             return []
         shown = []
-        for tick, image in some_frames(self.cache.session(trace.session_id)):
+        for tick, image in some_frames(self.cache.session(trace.session_id), self.missing.append):
             picture, buffer = Image.fromarray(image), io.BytesIO()
             picture.thumbnail((240, 240))
             picture.save(buffer, "JPEG", quality=75)
@@ -97,11 +113,37 @@ class _Pictures:
         return shown
 
 
-def compare_and_tell(first: Reports, second: Reports, embedding: str) -> None:
-    """Print the scores of two runs, the differences, and how sure they are."""
-    one, other = (read_traces(reports.file("predictions.parquet"))[0] for reports in (first, second))
+def compare_and_tell(first: Reports, second: Reports, embedding: str | None, csv: bool) -> None:
+    """Print the scores of two runs, the differences, and how sure they are.
+
+    Args:
+        embedding: None takes the one that both were scored with.
+    """
+    for reports in (first, second):
+        checkpoint_of(reports.run, reports.checkpoint)
+    read = [read_traces(reports.file("predictions.parquet")) for reports in (first, second)]
+    (one, about), (other, about_other) = read
+    if embedding is None:
+        embedding = about["embedding"]
+        if embedding != about_other["embedding"]:
+            raise UserError(
+                f"{first.run} was scored with the embedding {embedding}, {second.run} with {about_other['embedding']}; "
+                "give one with --embedding"
+            )
+        if LOCAL_MARK in embedding:
+            raise UserError(
+                f"both were scored with the embedding {embedding}; give its folder with --embedding"
+            )
     rows = compare(one, other, similarity_of(embedding))
     recordings = len({trace.recording_id for trace in one})
+    if csv:
+        writer = DictWriter(sys.stdout, ["score", "first", "second", "low", "high"])
+        writer.writeheader()
+        writer.writerows(
+            {"score": r.name, "first": r.first, "second": r.second, "low": r.low, "high": r.high}
+            for r in rows
+        )
+        return
     header = ("", "first", "second", "difference", "from", "to", "sure")
     echo_table(
         header,

@@ -7,6 +7,7 @@ import re
 import select
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from pipeline.decode import DecodeError, TickFrame
 from pipeline.live import Gap, live_ticks
 from pipeline.live_source import is_live
+from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.task import read_task
 from training.assistant import Assistant, Event
@@ -52,6 +54,8 @@ def stream_and_tell(
     checkpoint: str | None,
     device: str,
     rotation_deg: int,
+    start_s: float,
+    pace: bool,
     words: Path | None,
     events: Path | None,
     record: Path | None,
@@ -65,7 +69,7 @@ def stream_and_tell(
     _require_apart([path for path in (Path(video), plan, words, events, record) if path is not None])
     task = read_task(plan)
     said = read_words(words) if words else []
-    assistant = Assistant.load(run, task, checkpoint=checkpoint, device=device)
+    assistant = Assistant.load(run, task, checkpoint=checkpoint, device=device, start_s=start_s)
     for t_s, text in said:
         try:
             assistant.hear(text, t_s)
@@ -105,7 +109,7 @@ def stream_and_tell(
 
         try:
             with closing(live_ticks(video, assistant.clock, rotation_deg=rotation_deg)) as ticks:
-                stream(assistant, ticks, hear, on_tick)
+                stream(assistant, _paced(ticks, assistant.clock) if pace else ticks, hear, on_tick)
         except DecodeError as error:
             what = "" if is_live(video) else "; give a video that PyAV opens, a camera's number or an address"
             raise UserError(f"{error}{what}") from None
@@ -119,6 +123,15 @@ def stream_and_tell(
     late = [text for t_s, text in said if assistant.clock.tick_of(t_s) >= assistant.next_tick]
     if late:
         typer.echo(f"never heard, as the stream ended before: {', '.join(map(repr, late))}", err=True)
+
+
+def _paced(ticks: Iterable[TickFrame | Gap], clock: Clock) -> Iterator[TickFrame | Gap]:
+    """Each tick at its time, or later where it takes longer."""
+    began = time.monotonic()
+    for tick in ticks:
+        at = tick.end if isinstance(tick, Gap) else tick.tick
+        time.sleep(max(0.0, began + clock.time_of(at) - time.monotonic()))
+        yield tick
 
 
 def _require_apart(paths: Sequence[Path]) -> None:
@@ -144,7 +157,8 @@ def read_words(path: Path) -> list[tuple[float, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the words {path} cannot be read ({error})") from None
+        why = error.reason if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"the words {path} cannot be read ({why})") from None
     found = []
     for number, line in enumerate(lines, 1):
         told = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s+(\S.*?)\s*", line)

@@ -38,6 +38,10 @@ SCHEMA = pa.schema(
     ]
 )
 """What is predicted has the plain name, what is true ``_true`` after it."""
+_OF_SESSION = (
+    *("session_id", "tick_hz", "first_tick", "step_names", "proposed_transitions"),
+    *("source", "video_id", "recording_id", "goal"),
+)
 LOGITS = [
     ("window_first_tick", pa.int64()),  # of the video; the true state was given before it
     ("speaking_logits", pa.list_(pa.float32(), 2)),
@@ -58,20 +62,7 @@ def write_traces(
     Args:
         decisions: of each session's windows, tick after tick, for the columns `LOGITS`.
     """
-    sessions = [
-        {
-            "session_id": trace.session_id,
-            "tick_hz": trace.tick_hz,
-            "first_tick": trace.first_tick,
-            "step_names": trace.step_names,
-            "proposed_transitions": trace.proposed_transitions,
-            "source": trace.source,
-            "video_id": trace.video_id,
-            "recording_id": trace.recording_id,
-            "goal": trace.goal,
-        }
-        for trace in traces
-    ]
+    sessions = [{name: getattr(trace, name) for name in _OF_SESSION} for trace in traces]
     metadata = {"sessions": json.dumps(sessions), "about": json.dumps(about)}
     fields = SCHEMA if decisions is None else pa.schema([*SCHEMA, *(pa.field(*each) for each in LOGITS)])
     schema = fields.with_metadata(metadata)
@@ -144,7 +135,12 @@ def read_traces(path: Path) -> tuple[list[Trace], dict[str, Any]]:
         raise UserError(f"{path} is not there; run 'dst evaluate' first") from None
     except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise UserError(f"{path} is not a table of predictions ({error}); run 'dst evaluate' again") from None
-    if not table.schema.names[: len(SCHEMA)] == SCHEMA.names or not {"sessions", "about"} <= metadata.keys():
+    told = all(session.keys() == set(_OF_SESSION) for session in metadata.get("sessions", []))
+    if (
+        table.schema.names[: len(SCHEMA)] != SCHEMA.names
+        or not {"sessions", "about"} <= metadata.keys()
+        or not told
+    ):
         raise UserError(f"{path} has other columns than this version writes; run 'dst evaluate' again")
     return list(_traces(table, metadata["sessions"])), metadata["about"]
 
@@ -207,19 +203,11 @@ def _traces(table: pa.Table, sessions: Sequence[dict[str, Any]]) -> Iterator[Tra
             return [(tick, each) for tick, found in enumerate(part[name].to_pylist()) for each in found]
 
         yield Trace(
-            session_id=session["session_id"],
-            tick_hz=session["tick_hz"],
-            first_tick=session["first_tick"],
-            step_names=tuple(session["step_names"]),
+            **session | {"step_names": tuple(session["step_names"])},
             truth=truth,
             predicted=predicted,
             speak_score=scores("speak_score"),
             update_score=scores("dst_update_score"),
-            proposed_transitions=session["proposed_transitions"],
             rejections=tuple(Rejection(tick, r["step"], r["state"]) for tick, r in said("rejected")),
-            source=session["source"],
-            video_id=session["video_id"],
-            recording_id=session["recording_id"],
-            goal=session["goal"],
             heard=tuple(said("heard")),
         )

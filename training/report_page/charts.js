@@ -112,7 +112,8 @@ function drawCurves() {
     const told = (p) => ["threshold", "precision", "recall", "F1 by tick", "F1 within 2 s"]
       .map((name, at) => [name, digits(p[at])]);
     const line = (from, to) => one.points.map((p) => [p[from], p[to], told(p)]);
-    const chosen = one.threshold === null ? "" : ` Circles: the threshold in use, ${digits(one.threshold)}.`;
+    const chosen = one.threshold === null ? "" : ` Circles: the threshold in use, ${digits(one.threshold)}.`
+      + (one.gap_s ? ` With at least ${one.gap_s} s between two.` : "");
     const dots = (...places) => (one.threshold === null ? [] : places);
     byId("curves").append(
       chart(`${title}: precision and recall`, `Area under the curve ${digits(one.pr_auc)}.${chosen}`,

@@ -90,7 +90,7 @@ function drawOverview({ left, right, inside, label }, y) {
 function drawFilm({ x, left, right, inside, label }, y) {
   if (!session.pictures.length) {
     label("frames", y + 12, false);
-    inside.append(svg("text", { x: left, y: y + 12 }, "no frames: the video was not there, or many sessions are worse"));
+    inside.append(svg("text", { x: left, y: y + 12 }, "no frames: the video was not found, or 40 other sessions have worse states"));
     return y + 20;
   }
   const inView = session.pictures.filter(([tick]) => view.from <= tick && tick < view.to);
