@@ -20,7 +20,7 @@ from schemas.errors import UserError
 from training import report
 from training.baselines import copy_initial, score_baselines
 from training.evaluate import TABLE
-from training.metrics import score
+from training.metrics import COMBINED_FORMULA, score
 from training.report import EXPLAINED, table_markdown, write_report
 from training.traces import Rejection, Trace, Track
 
@@ -352,7 +352,7 @@ def test_the_tables_are_the_scores(opened: Open) -> None:
     assert shown["model"][0] == "0.333"  # of 3 to say and 3 said, one at its tick
     best = "td => [td.textContent, td.classList.contains('best')]"
     speak = [row.locator("td").first.evaluate(best) for row in page.locator("#scores tbody tr").all()]
-    assert [emphasised for _, emphasised in speak] == [True, False, False, False, False, False]
+    assert [emphasised for _, emphasised in speak] == [True, *[False] * 7]
     assert page.locator("#scores th[title]").count() == len(TABLE)
     assert metrics["combined"]["formula"] in page.inner_text("#formula")
     page.get_by_text("Every score").click()
@@ -365,8 +365,21 @@ def test_the_tables_are_the_scores(opened: Open) -> None:
 
 def test_table_in_markdown_has_the_same_rows(tmp_path: Path) -> None:
     metrics = scored([session(), perfect()])
+    metrics["about"] |= {
+        "sessions": 2,
+        "split": "test",
+        "ticks": 80,
+        "mode": "free",
+        "embedding": "bag-of-words",
+    }
+    said = "words are compared by bag-of-words"
     lines = table_markdown(metrics).splitlines()
     assert lines[0] == "|  | " + " | ".join(TABLE) + " |"
+    assert lines[-2:] == [
+        "",
+        f"2 test sessions, 80 ticks, free-running; combined: {COMBINED_FORMULA}; {said}.",
+    ]
+    lines = lines[:-2]
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| model",
         "| blind control",
@@ -374,6 +387,8 @@ def test_table_in_markdown_has_the_same_rows(tmp_path: Path) -> None:
         "| uniform clock",
         "| always silent",
         "| always speak",
+        "| never update",
+        "| majority",
     ]
     assert lines[2].split(" | ")[1] == "0.333"
     assert all(line.count("|") == len(TABLE) + 2 for line in lines)
@@ -502,7 +517,7 @@ def test_frames_are_shown_where_they_are_there(opened: Open) -> None:
     )
     assert size == [32, 18]
     press(page, "j")
-    assert page.locator("#timeline text").filter(has_text="the video was not there").count() == 1
+    assert page.locator("#timeline text").filter(has_text="the video was not found").count() == 1
 
 
 def test_nothing_is_ever_said(opened: Open) -> None:
