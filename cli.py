@@ -434,7 +434,7 @@ def compare(
 ) -> None:
     """Put two runs side by side: differences with bootstrap intervals over recordings. Needs no model and no cache.
 
-    Example: dst compare out/runs/tiny out/runs/proassist
+    Example: dst compare out/runs/tiny out/runs/proassist --split val
     """
     from training.evaluate import Reports
     from training.report_terminal import compare_and_tell

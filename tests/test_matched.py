@@ -207,3 +207,16 @@ def test_baselines_and_the_combined_score() -> None:
     for predict in BASELINES.values():  # they say nothing that means anything
         baseline = Trace("s", 1.0, 0, ("step",), one.truth, predict(one.truth), None, None)
         assert matched_scores([baseline])["f1"] == 0.0
+
+
+@given(st.permutations(["attach the wheel", "screw the roof on", "paint it red", "well done"]))
+def test_words_at_the_wrong_places_score_less(shuffled: list[str]) -> None:
+    meant = [
+        (3 + 9 * at, text)
+        for at, text in enumerate(["attach the wheel", "screw the roof on", "paint it red", "well done"])
+    ]
+    found = matched_scores(
+        [trace([(tick, text) for (tick, _), text in zip(meant, shuffled, strict=True)], meant)]
+    )
+    in_place = sum(text == true for text, (_, true) in zip(shuffled, meant, strict=True))
+    assert found["f1"] == pytest.approx(in_place / 4)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -26,7 +27,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from cli import app
-from pipeline.decode import tick_frames
+from pipeline.decode import TickFrame, tick_frames
+from pipeline.live import Gap
 from pipeline.shards import ShardCache
 from schemas.clock import Clock
 from schemas.errors import UserError
@@ -35,7 +37,7 @@ from training.assistant import Assistant, Event
 from training.board import Board
 from training.evaluate import evaluate
 from training.recording import HEIGHT, PANEL, recording
-from training.stream import read_words
+from training.stream import read_words, stream
 
 PLAN = "goal: Assemble the toy\nsteps:\n- attach the wheel\n- attach the roof\n"
 
@@ -402,3 +404,23 @@ def test_a_long_plan_leaves_the_words_and_what_is_typed_in_sight() -> None:
     assert "you: what n" in shown
     assert "step number 12" in shown  # the first that is to do
     assert "step number 29" not in shown
+
+
+def test_a_stream_that_drops_for_five_seconds_goes_on_from_the_own_state(talking: Path, video: Path) -> None:
+    assistant = Assistant.load(talking, Task("Assemble the toy", ("attach the wheel", "attach the roof")))
+    frames = list(tick_frames(video, Clock(2.0), last_tick=29))
+    happened: list[tuple[int, Event]] = []
+    states: list[list[int]] = []
+
+    def on_tick(tick: TickFrame | Gap, events: Sequence[Event]) -> None:
+        happened.extend((assistant.next_tick, event) for event in events)
+        states.append(assistant.gate.state.tolist())
+
+    away = Gap(10, 20, "no picture for 5.0 s")
+    stream(assistant, [*frames[:10], away, *frames[20:]], lambda: None, on_tick)
+    gaps = [event for _, event in happened if event.kind == "gap"]
+    assert [(gap.tick, gap.end_tick, gap.text) for gap in gaps] == [(10, 20, "no picture for 5.0 s")]
+    assert [event.tick for _, event in happened if event.kind == "window"] == [20]
+    assert states[9] == states[10]  # nothing moves while nothing is seen
+    assert assistant.next_tick == 30
+    assert all(before <= after for a, b in pairwise(states) for before, after in zip(a, b, strict=True))

@@ -41,9 +41,9 @@ def evaluate_and_tell(
     Returns:
         The scores, those of the control under ``blind``.
     """
-    similarity = (
-        similarity_of(embedding, device) if reports.mode == "free" else BAG_OF_WORDS
-    )  # which says nothing
+    checkpoint_of(reports.run, reports.checkpoint)  # a mistake is told before a model is fetched
+    # teacher-forced, nothing is said
+    similarity = similarity_of(embedding, device) if reports.mode == "free" else BAG_OF_WORDS
     how: dict[str, Any] = {
         "split": reports.split,
         "checkpoint": reports.checkpoint,
