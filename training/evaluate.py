@@ -99,6 +99,7 @@ def evaluate(
         "sessions": len(sessions),
         "ticks": sum(session.num_ticks for session in sessions),
         "mode": mode,
+        "min_gap_s": thresholds.min_gap_ticks / config.tick_hz,
         "blind": recipe.data.blind,
         "seed": recipe.train.seed,
         "versions": {name: version(name) for name in ("dst", "torch", "transformers")},
@@ -112,7 +113,6 @@ def evaluate(
         decisions, traces = _teacher(model, builder, sessions, thresholds)
         metrics = score(traces, _told(thresholds), None)
     window_ticks = config.window_ticks if mode == "teacher" else None
-    metrics["speaking"]["min_gap_s"] = thresholds.min_gap_ticks / config.tick_hz
     metrics["baselines"] = score_baselines(traces, similarity if mode == "free" else None, window_ticks)
     metrics["about"] = about
     reports = Reports(run, checkpoint, split, mode)

@@ -66,7 +66,7 @@ def write_report(
     Raises:
         UserError: the file cannot be written.
     """
-    worded = "matched" in metrics
+    worded, gap_s = "matched" in metrics, metrics["about"].get("min_gap_s", 0.0)
     data = {
         "about": metrics.get("about", {}),
         "similarity": similarity.name if worded else None,
@@ -75,8 +75,8 @@ def write_report(
         "rows": [[_called(name), values] for name, values in table_rows(metrics)],
         "every": _every_score(metrics),
         "decisions": [
-            _decision("speaking", metrics["speaking"], traces, "speak", "speak_score"),
-            _decision("DST update", metrics["dst_update"], traces, "dst_update", "update_score"),
+            _decision("speaking", metrics["speaking"], traces, "speak", "speak_score", gap_s),
+            _decision("DST update", metrics["dst_update"], traces, "dst_update", "update_score", 0.0),
         ],
         "sessions": [
             _session(trace, match_trace(trace, similarity) if worded else None, pictures(trace))
@@ -130,11 +130,15 @@ def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float | None
 
 
 def _decision(
-    name: str, scores: Mapping[str, Any], traces: Sequence[Trace], column: str, probability: str
+    name: str,
+    scores: Mapping[str, Any],
+    traces: Sequence[Trace],
+    column: str,
+    probability: str,
+    gap_s: float,
 ) -> dict[str, Any]:
     """A decision's curves, and the scores at the threshold that was used; without curves, why there are none."""
     at = {key: scores[key] for key in ("threshold", "pr_auc", "precision", "recall", "f1")}
-    gap_s = scores.get("min_gap_s", 0.0)
     at |= {"name": name, "event_f1": scores["event_f1"][EVENT_TOLERANCE], "gap_s": gap_s}
     truths = [getattr(trace.truth, column) for trace in traces]
     known = [each for trace in traces if (each := getattr(trace, probability)) is not None]
