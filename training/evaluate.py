@@ -77,19 +77,7 @@ def evaluate(
     cache = ShardCache(shards)
     model = load_trained(folder).to(device)
     config = model.config
-    cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tick_hz)
-    if cached != (config.cached_tokens, config.text_config.hidden_size, config.tick_hz):
-        raise UserError(
-            f"{shards} holds {cached[0]} tokens of width {cached[1]} at {cached[2]} Hz, the model was trained on "
-            f"{config.cached_tokens} of {config.text_config.hidden_size} at {config.tick_hz} Hz; give its cache"
-        )
-    made = {"sha256": cache.fingerprint.vision_sha256, "filter": cache.fingerprint.preprocessing["filter"]}
-    other = [name for name, value in made.items() if config.vision and config.vision[name] != value]
-    if other:
-        raise UserError(
-            f"{shards} was made with another {'vision tower' if 'sha256' in other else 'filter of the resizing'} than "
-            "the model was trained with; give its cache"
-        )
+    _require_its_features(cache, config)
     sessions = load_sessions(cache, split, recipe.data.blind)
     builder, thresholds = SequenceBuilder.of(folder, config), Thresholds.of(config)
     about: dict[str, Any] = {
@@ -119,6 +107,27 @@ def evaluate(
     write_traces(reports.file("predictions.parquet"), traces, about, decisions)
     write_text(reports.file("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     return metrics, traces
+
+
+def _require_its_features(cache: ShardCache, config: Any) -> None:
+    """Refuse a cache whose features are not those the model was trained on.
+
+    Raises:
+        UserError: they are of another shape, another vision tower, or pictures that were resized otherwise.
+    """
+    cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tick_hz)
+    if cached != (config.cached_tokens, config.text_config.hidden_size, config.tick_hz):
+        raise UserError(
+            f"{cache.folder} holds {cached[0]} tokens of width {cached[1]} at {cached[2]} Hz, the model was trained on "
+            f"{config.cached_tokens} of {config.text_config.hidden_size} at {config.tick_hz} Hz; give its cache"
+        )
+    made = {"sha256": cache.fingerprint.vision_sha256, "filter": cache.fingerprint.preprocessing["filter"]}
+    other = [name for name, value in made.items() if config.vision and config.vision[name] != value]
+    if other:
+        what = "vision tower" if "sha256" in other else "filter of the resizing"
+        raise UserError(
+            f"{cache.folder} was made with another {what} than the model was trained with; give its cache"
+        )
 
 
 def _teacher(
