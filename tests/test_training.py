@@ -125,8 +125,21 @@ def test_evaluate_writes_every_key_and_the_baselines_have_them_too(run: Path, tm
     metrics, traces = evaluate(run, None)
     assert json.loads((run / "metrics-best-test.json").read_text()) == metrics
     groups = ("speaking", "dst_update", "dst_state", "response")
-    texts = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor"}  # of which baselines have none: they say no word
-    for name in ("copy_initial", "uniform_clock", "always_silent", "always_speak", "never_update", "majority"):
+    texts = {
+        "bleu_1",
+        "bleu_2",
+        "bleu_3",
+        "bleu_4",
+        "meteor",
+    }  # of which baselines have none: they say no word
+    for name in (
+        "copy_initial",
+        "uniform_clock",
+        "always_silent",
+        "always_speak",
+        "never_update",
+        "majority",
+    ):
         for group in groups:
             own = metrics[group].keys() - texts if group == "response" else metrics[group].keys()
             assert metrics["baselines"][name][group].keys() == own
