@@ -458,7 +458,7 @@ def stream(
     record: Annotated[
         Path | None, typer.Option(help="Write an mp4 of the pictures with the state beside them.")
     ] = None,
-    start: Annotated[float, typer.Option(help="Second at which the task begins.")] = 0.0,
+    start: Annotated[float, typer.Option(min=0, help="Second at which the task begins.")] = 0.0,
     pace: Annotated[bool, typer.Option("--pace", help="A file in real time, to be looked at.")] = False,
     rotate: Annotated[
         int,

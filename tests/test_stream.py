@@ -37,7 +37,7 @@ from training.assistant import Assistant, Event
 from training.board import Board
 from training.evaluate import evaluate
 from training.recording import HEIGHT, PANEL, recording
-from training.stream import read_words, stream
+from training.stream import _paced, read_words, stream
 
 PLAN = "goal: Assemble the toy\nsteps:\n- attach the wheel\n- attach the roof\n"
 
@@ -424,3 +424,19 @@ def test_a_stream_that_drops_for_five_seconds_goes_on_from_the_own_state(talking
     assert states[9] == states[10]  # nothing moves while nothing is seen
     assert assistant.next_tick == 30
     assert all(before <= after for a, b in pairwise(states) for before, after in zip(a, b, strict=True))
+
+
+def test_real_time_begins_with_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waited = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        waited.append(round(seconds, 6))
+        now[0] += seconds
+
+    monkeypatch.setattr("training.stream.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("training.stream.time.sleep", sleep)
+    picture = np.zeros((2, 2, 3), dtype=np.uint8)
+    ticks = [*(TickFrame(tick, tick / 2, picture) for tick in range(6)), Gap(6, 9, "late")]
+    for _ in _paced(ticks, Clock(2.0), 2.0):
+        now[0] += 0.1  # what is done with it
+    assert waited == [0.0] * 5 + [0.4, 1.9]  # up to second 2 at once, then 2.5 and, after the gap, 4.5

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.decode import GRACE
 from pipeline.quantize import as_cached
 from pipeline.vision import VisionEncoder, choose_compute
 from schemas.clock import Clock
@@ -21,8 +22,8 @@ from training.live import LiveWindows, Observation
 from training.model import DSTSmolVLM, load_trained
 from training.sequence import SequenceBuilder, Words
 
-GRACE_S = 1e-3
-"""A frame may come so late after its tick and still be its frame, as in `pipeline.decode`."""
+GRACE_S = float(GRACE)
+"""A frame may come so many seconds after its tick and still be its frame."""
 
 
 @dataclass(frozen=True)

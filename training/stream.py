@@ -77,7 +77,7 @@ def stream_and_tell(
             raise UserError(f"{words}, second {t_s:g}: {error}") from None
     board = Board(task)
     with ExitStack() as stack:
-        to: list[IO[str]] = [] if sys.stdout.isatty() else [sys.stdout]
+        to: list[IO[str]] | None = None
         recorder = stack.enter_context(recording(record, assistant.clock.tick_hz)) if record else None
         typing = stack.enter_context(Typing()) if sys.stdin.isatty() and sys.stdout.isatty() else None
         show = stack.enter_context(_view(board, typing)) if sys.stdout.isatty() else None
@@ -91,14 +91,15 @@ def stream_and_tell(
                     board.note = str(error)
 
         def on_tick(tick: TickFrame | Gap, happened: Sequence[Event]) -> None:
-            if events is not None and len(to) < (1 if sys.stdout.isatty() else 2):
-                to.append(
-                    stack.enter_context(_opened(events))
-                )  # not before there is something to write into it
+            nonlocal to
+            if to is None:  # a file of last time is emptied when there is something to write into it
+                to = [] if sys.stdout.isatty() else [sys.stdout]
+                to += [stack.enter_context(_opened(events))] if events is not None else []
             for file in to:
                 file.writelines(json.dumps(event.row(), ensure_ascii=False) + "\n" for event in happened)
                 file.flush()
-            board.take(assistant.clock.time_of(assistant.next_tick - 1), happened)
+            last = tick.end - 1 if isinstance(tick, Gap) else tick.tick
+            board.take(assistant.clock.time_of(max(0, last)), happened)
             if recorder is not None:
                 if isinstance(tick, Gap):
                     recorder.take(None, board, tick.end - tick.first)
@@ -109,7 +110,7 @@ def stream_and_tell(
 
         try:
             with closing(live_ticks(video, assistant.clock, rotation_deg=rotation_deg)) as ticks:
-                stream(assistant, _paced(ticks, assistant.clock) if pace else ticks, hear, on_tick)
+                stream(assistant, _paced(ticks, assistant.clock, start_s) if pace else ticks, hear, on_tick)
         except DecodeError as error:
             what = "" if is_live(video) else "; give a video that PyAV opens, a camera's number or an address"
             raise UserError(f"{error}{what}") from None
@@ -125,12 +126,14 @@ def stream_and_tell(
         typer.echo(f"never heard, as the stream ended before: {', '.join(map(repr, late))}", err=True)
 
 
-def _paced(ticks: Iterable[TickFrame | Gap], clock: Clock) -> Iterator[TickFrame | Gap]:
-    """Each tick at its time, or later where it takes longer."""
+def _paced(ticks: Iterable[TickFrame | Gap], clock: Clock, start_s: float) -> Iterator[TickFrame | Gap]:
+    """Each tick at its time, or later where it takes longer; those before ``start_s`` as fast as they come."""
     began = time.monotonic()
     for tick in ticks:
-        at = tick.end if isinstance(tick, Gap) else tick.tick
-        time.sleep(max(0.0, began + clock.time_of(at) - time.monotonic()))
+        ahead = clock.time_of(tick.end if isinstance(tick, Gap) else tick.tick) - start_s
+        if ahead <= 0:
+            began = time.monotonic()
+        time.sleep(max(0.0, began + ahead - time.monotonic()))
         yield tick
 
 
