@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
-import time
 from csv import DictWriter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +15,11 @@ import typer
 
 from pipeline.devices import choose_device, choose_devices
 from pipeline.ending import Commands, os_sentence, stop
-from pipeline.labels_terminal import echo_counts, prepare_and_tell, some_frames
-from pipeline.terminal import echo_table, progress
+from pipeline.labels_terminal import echo_counts, points_picture, prepare_and_tell, some_frames
+from pipeline.terminal import progress
 from schemas.checkpoints import DEFAULT_EMBEDDING, DEFAULT_MODEL
 from schemas.errors import UserError
+from schemas.records import Marks
 from schemas.shards import ComputeType, Decoder, FeatureType, Filter, Storage
 
 app = typer.Typer(
@@ -37,9 +36,6 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU 
 Gpu = Annotated[int | None, typer.Option(help="Number of the GPU to use.")]
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 Checkpoint = Annotated[str, typer.Option(help="best, latest or best_TASK.")]
-Embedding = Annotated[
-    str, typer.Option(help="How words are compared: a sentence model by hub name or folder, or bag-of-words.")
-]
 
 
 @app.callback()
@@ -55,10 +51,12 @@ def main(
 def sample(
     source: Source = "assembly101",
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: data/SOURCE.")] = None,
-    sessions: Annotated[int, typer.Option(help="Sessions to make; most videos hold two.")] = 180,
+    sessions: Annotated[
+        int, typer.Option(help="Sessions to make; most videos hold two, a picture is one.")
+    ] = 180,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
 ) -> None:
-    """Write a synthetic corpus in a corpus' official layout, real H.264 videos included.
+    """Write a synthetic corpus in a corpus' official layout, real H.264 videos or pictures included.
 
     Example: dst sample --source holoassist --sessions 24 --seed 1
     """
@@ -67,8 +65,8 @@ def sample(
 
     load_manifest(source)
     out = out or Path("data") / source
-    with progress("videos") as bar:
-        write_sample(source, out, sessions, seed, on_plan=bar.start, on_video=lambda: bar.advance(1))
+    with progress("files") as bar:
+        write_sample(source, out, sessions, seed, on_plan=bar.start, on_file=lambda: bar.advance(1))
     root = shlex.quote(str(out))
     typer.echo(f"{sessions} sessions in {out}; next: dst prepare --source {source} --root {root}")
 
@@ -111,6 +109,10 @@ def prepare(
     view: Annotated[
         str | None, typer.Option(help="Camera. Default: the first of the manifest that is there.")
     ] = None,
+    marks: Annotated[
+        Marks,
+        typer.Option(help="Of pictures (fsc147): drawn makes a tick for each mark, with it on the picture."),
+    ] = "none",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that read. Default: one a core.")
     ] = None,
@@ -126,7 +128,8 @@ def prepare(
         raise UserError(f"--tick-hz must be above 0 and at most 1000, not {tick_hz}")
     workers = workers or os.cpu_count() or 1
     if source != "all":
-        prepare_and_tell(source, root or Path("data") / source, out, dialogs, tick_hz, level, view, workers)
+        root = root or Path("data") / source
+        prepare_and_tell(source, root, out, dialogs, tick_hz, level, view, workers, marks)
         made = shlex.quote(str(out / source))
         typer.echo(f"labels in {out / source}; what they hold: dst inspect {made}")
         typer.echo(f"next: dst cache-features --labels {shlex.quote(str(out))}")
@@ -137,6 +140,8 @@ def prepare(
         raise UserError(
             "--dialogs and --view are for one corpus; --source all takes each corpus' own dialogs folder"
         )
+    if marks != "none":
+        raise UserError("--marks is for one corpus of pictures; name it with --source")
     data = root or Path("data")
     there = [manifest.name for manifest, kinds in find_sources(data) if any(kind.count for kind in kinds)]
     if not there:
@@ -145,7 +150,7 @@ def prepare(
     for name in there:
         typer.secho(f"\n== {name}", bold=True)
         try:
-            prepare_and_tell(name, data / name, out, dialogs, tick_hz, level, view, workers)
+            prepare_and_tell(name, data / name, out, dialogs, tick_hz, level, view, workers, marks)
         except (UserError, OSError) as error:
             sentence = os_sentence(error) if isinstance(error, OSError) else str(error)
             typer.secho(f"error: {sentence}", fg="red", err=True)
@@ -165,7 +170,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="The picture. Default: out/pictures/SESSION.png.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print the counts as CSV, for other programs.")] = False,
 ) -> None:
-    """Show what label tables hold: counts by corpus and split, what was not used, or one session's timeline.
+    """Show what label tables hold: counts by corpus and split, what was not used, or one session's timeline or marks.
 
     Example: dst inspect out/labels/assembly101 --csv
     """
@@ -174,12 +179,16 @@ def inspect(
     if session is not None:
         if csv:
             raise UserError("--csv goes with the counts, not with --session")
-        from training.plots import labels_picture
-
         shown = read_session(labels, session)
         for line in timeline(shown):
             typer.echo(line)
         out = out or Path("out/pictures") / f"{session.replace('/', '_')}.png"
+        if shown.points is not None:
+            if points_picture(shown, out, lambda why: typer.echo(f"no picture: {why}", err=True)):
+                typer.echo(f"picture in {out}")
+            return
+        from training.plots import labels_picture
+
         labels_picture(shown, some_frames(shown, lambda why: typer.echo(f"no frames: {why}", err=True)), out)
         typer.echo(f"picture in {out}")
         return
@@ -187,7 +196,7 @@ def inspect(
         raise UserError("--out is where the picture of one session goes; name the session with --session")
     rows, rejects = summary(labels), rejects_by_reason(labels)
     if csv:
-        writer = DictWriter(sys.stdout, list(rows[0]))
+        writer = DictWriter(sys.stdout, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
         return
@@ -226,6 +235,12 @@ def cache_features(
     tokens_per_frame: Annotated[
         int | None, typer.Option(help="Average the token grid down to so many. Default: all.")
     ] = None,
+    tiles: Annotated[
+        int,
+        typer.Option(
+            min=1, max=8, help="Cut a frame into N x N, for crowded pictures: N x N times the tokens."
+        ),
+    ] = 1,
     dtype: Annotated[FeatureType, typer.Option(help="How features are kept; int8 takes half.")] = "float16",
     preprocess: Annotated[
         Filter, typer.Option(help="Resize filter: lanczos is the model's own, bicubic is faster.")
@@ -261,7 +276,7 @@ def cache_features(
         bool, typer.Option("--dry-run", help="Only tell frames, bytes, hours and room.")
     ] = False,
 ) -> None:
-    """Decode the videos, run vision tower and connector once over each tick, write shard pairs.
+    """Decode the videos and pictures, run vision tower and connector once over each tick, write shard pairs.
 
     Run it again after an interruption: finished shards are kept. Exit status 1 when something failed.
 
@@ -289,7 +304,8 @@ def cache_features(
 
         require_decord()
     devices = choose_devices(gpu, device, somewhere_else=on_ray)
-    spec = EncoderSpec(checkpoint_folder(model), model, tokens_per_frame, preprocess, compute, batch_size)
+    folder = checkpoint_folder(model)
+    spec = EncoderSpec(folder, model, tokens_per_frame, preprocess, compute, batch_size, tiles)
     # on the CPU, the tower takes its share of the cores
     sharing = len(devices) if devices[0] != "cpu" else 2
     workers = workers or max(1, available_cores() // sharing)
@@ -345,12 +361,12 @@ def train(
 
     Example: dst train --shards out/shards --recipe tiny --set train.steps=200
     """
-    from training.recipe import load_recipe
+    from training.recipe import any_recipe
 
     out = out or Path("out/runs") / (Path(recipe).stem if recipe else "default")
     begun = resume and (out / "recipe.yaml").is_file()
     base = str(out / "recipe.yaml") if begun and recipe is None else recipe
-    settings = load_recipe(base, set_ or [])
+    settings = any_recipe(base, set_ or [])
     if begun:
         shards = shards or json.loads((out / "run.json").read_text(encoding="utf-8"))["shards"]
     from training.terminal import train_and_tell
@@ -368,26 +384,13 @@ def runs(
 ) -> None:
     """Compare training runs: how far each is, its best validation scores, and what it has otherwise than the best run.
 
-    Exit status 1 when there are runs, and none can be shown.
+    Runs of counting stand in a table of their own. Exit status 1 when there are runs, and none can be shown.
 
     Example: dst runs out/runs --csv
     """
-    from training.runs import differences, read_runs, records, table
+    from training.runs_terminal import runs_and_tell
 
-    found, broken = read_runs(folder)
-    if csv and found:
-        rows = records(found)
-        writer = DictWriter(sys.stdout, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    elif found:
-        echo_table(*table(found))
-        for run in found[1:]:
-            told = differences(found[0].recipe, run.recipe) or "the same settings"
-            typer.echo(f"{run.name} beside {found[0].name}: {told}")
-    for name, reason in broken.items():
-        typer.echo(f"{name} cannot be shown: {reason}", err=True)
-    if not found:
+    if not runs_and_tell(folder, csv):
         raise typer.Exit(1)
 
 
@@ -396,14 +399,24 @@ def evaluate(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
     shards: Annotated[str | None, typer.Option(help="The cache. Default: the one it was trained on.")] = None,
     split: Split = "test",
-    checkpoint: Checkpoint = "best",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="best, latest or best_TASK. Default: best; of a run of counting best_joint."),
+    ] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="free: on its own state and words. teacher: the true state at each window's start, all logits kept."
+            help="free: on its own state and words. teacher: the true state at each window's start, all logits kept. "
+            "Default: free."
         ),
-    ] = "free",
-    embedding: Embedding = DEFAULT_EMBEDDING,
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="How words are compared: a sentence model by hub name or folder, or bag-of-words. "
+            f"Default: {DEFAULT_EMBEDDING}."
+        ),
+    ] = None,
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:
@@ -411,14 +424,34 @@ def evaluate(
 
     Example: dst evaluate --run out/runs/tiny --split test
     """
-    if mode not in ("free", "teacher"):
-        raise UserError(f"--mode {mode!r} is neither free nor teacher")
     chosen = choose_device(gpu, device)
-    from training.evaluate import Reports
-    from training.report_terminal import evaluate_and_tell
+    from training.report_terminal import evaluate_any_and_tell
 
-    reports = Reports(run, checkpoint, split, "free" if mode == "free" else "teacher")
-    evaluate_and_tell(reports, shards, embedding, chosen)
+    evaluate_any_and_tell(run, shards, split, checkpoint, mode, embedding, chosen)
+
+
+@app.command()
+def count(
+    run: Annotated[Path, typer.Option(help="A run of counting, made by dst train.")],
+    image: Annotated[Path, typer.Option(help="A JPEG, PNG, WebP or BMP picture.")],
+    what: Annotated[str, typer.Option(help="What to count in it, as a category of the training part.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The picture with marks, a PNG. Default: IMAGE-counted.png beside it.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="best_joint, latest, best_coord or best_done.")
+    ] = "best_joint",
+    gpu: Gpu = None,
+    device: Device = None,
+) -> None:
+    """Count objects in a picture by marking them one after the other, and write it with the numbered marks.
+
+    Example: dst count --run out/runs/counting --image discs.jpg --what "red discs"
+    """
+    chosen = choose_device(gpu, device)
+    from training.counting.terminal import count_and_tell
+
+    count_and_tell(run, image, what, out, checkpoint, chosen)
 
 
 @app.command()
@@ -436,6 +469,10 @@ def compare(
 
     Example: dst compare out/runs/tiny out/runs/proassist --split val
     """
+    from training.runs import require_dialog
+
+    for run in (first, second):
+        require_dialog(run, "dst compare")
     from training.evaluate import Reports
     from training.report_terminal import compare_and_tell
 
@@ -477,6 +514,9 @@ def stream(
 
     Example: dst stream --run out/runs/tiny --video 0 --plan plan.yaml
     """
+    from training.runs import require_dialog
+
+    require_dialog(run, "dst stream")
     chosen = choose_device(gpu, device)
     from training.stream import stream_and_tell
 
@@ -505,6 +545,9 @@ def export(
 
     Example: dst export --run out/runs/tiny --out out/export
     """
+    from training.runs import require_dialog
+
+    require_dialog(run, "dst export")
     from training.export import export as write
 
     lacking = write(run, out, checkpoint)
@@ -515,10 +558,19 @@ def export(
 
 @app.command()
 def demo(
+    family: Annotated[
+        Literal["dst", "counting"], typer.Option(help="dst: the dialog model. counting: objects in pictures.")
+    ] = "dst",
     out: Annotated[
-        Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")
-    ] = Path("out/demo"),
-    sessions: Annotated[int, typer.Option(help="Synthetic sessions.")] = 180,
+        Path | None,
+        typer.Option(
+            help="Folder for everything; an earlier demo there is replaced. Default: out/demo, of counting "
+            "out/demo-counting."
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(help="Synthetic sessions. Default: 180, of counting 2000.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of corpus, weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: the recipe's.")] = None,
 ) -> None:
@@ -526,50 +578,9 @@ def demo(
 
     Example: dst demo --out out/demo --seed 1
     """
-    from schemas.files import write_text
-    from training.recipe import load_recipe
+    from training.demo import demo as run
 
-    began = time.perf_counter()
-    changes = [f"train.seed={seed}", *([f"train.steps={steps}"] if steps is not None else [])]
-    load_recipe("tiny", changes)  # a mistake is told now, not in four minutes
-    _clear_demo(out)
-    corpus, labels, shards, model = (
-        out / "data/assembly101",
-        out / "labels",
-        out / "shards",
-        out / "models/tiny",
-    )
-    _stage("1/6 sample: a synthetic corpus in Assembly101's layout")
-    sample("assembly101", corpus, sessions, seed)
-    _stage("2/6 prepare: annotations to label tables")
-    prepare("assembly101", corpus, labels)
-    _stage("3/6 cache-features: every tick once through the vision tower")
-    init_model("tiny", model, seed)
-    cache_features(device="cpu", labels=labels, out=str(shards), model=str(model))
-    _stage("4/6 train")
-    train(str(shards), "tiny", changes, out / "runs/tiny", device="cpu")
-    _stage("5/6 train the blind control: the same, with all features zero")
-    train(str(shards), "tiny", [*changes, "data.blind=true"], out / "runs/blind", device="cpu")
-    _stage("6/6 evaluate on the held-out test sessions")
-    from training.evaluate import Reports
-    from training.report_terminal import evaluate_and_tell
-
-    reports = Reports(out / "runs/tiny", "best", "test")
-    metrics = evaluate_and_tell(reports, None, "bag-of-words", "cpu", blind=out / "runs/blind")
-    scores = Reports(out, "best", "test").file("metrics.json")
-    write_text(scores, json.dumps(metrics, indent=2) + "\n")
-    typer.echo(f"{(time.perf_counter() - began) / 60:.1f} minutes. Where things lie:")
-    places = {
-        "labels": labels / "assembly101/frames.parquet",
-        "features": shards,
-        "scores": scores,
-        "timeline": reports.file("timeline.png"),
-        "report": reports.file("report.html"),
-        "curves": out / "runs/tiny/curves.png",
-        "model": out / "runs/tiny/checkpoints/best",
-    }
-    for name, place in places.items():
-        typer.echo(f"  {name:9} {place}")
+    run(family, out, sessions, seed, steps)
 
 
 def _part_of(shard: str | None) -> tuple[int, int]:
@@ -582,18 +593,3 @@ def _part_of(shard: str | None) -> tuple[int, int]:
             f"--shard {shard!r} is not I/N with I from 0 to N - 1; write 0/8 for the first of eight parts"
         )
     return int(part), int(of)
-
-
-def _clear_demo(out: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
-    mark = out / ".dst-demo"
-    if out.exists() and any(out.iterdir()):
-        if not mark.is_file():
-            raise UserError(f"{out} is not empty and not an earlier demo; give another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-
-
-def _stage(title: str) -> None:
-    typer.secho(f"\n== {title}", bold=True)

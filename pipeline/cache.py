@@ -217,6 +217,7 @@ def _fingerprint(engine: Engine, tables: LabelTables, options: CacheOptions) -> 
         compute=described.compute,
         tick_hz=tables.clock.tick_hz,
         tokens_per_frame=described.tokens_per_frame,
+        tiles=described.tiles,
         dim=described.dim,
         dtype=options.dtype,
         storage=options.storage,

@@ -79,8 +79,11 @@ def noted(text: str) -> None:
 
 
 def echo_estimate(estimate: Estimate) -> None:
+    films = estimate.videos - estimate.pictures
+    kinds = [f"{films:,} videos"] if films or not estimate.pictures else []
+    kinds += [f"{estimate.pictures:,} pictures"] if estimate.pictures else []
     typer.echo(
-        f"{estimate.ticks:,} frames of {estimate.videos:,} videos in {estimate.shards:,} shards, "
+        f"{estimate.ticks:,} frames of {' and '.join(kinds)} in {estimate.shards:,} shards, "
         f"{estimate.ticks_to_encode:,} of them to encode; {in_bytes(estimate.bytes_to_write)} to write, "
         f"{in_bytes(estimate.bytes_free)} free in {estimate.where}"
     )

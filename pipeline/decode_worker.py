@@ -11,20 +11,24 @@ import mmap
 import os
 import resource
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, TickFrame, tick_frames
 from pipeline.preprocess import Preprocessor
+from pipeline.stills import is_picture, picture_ticks
 from schemas.clock import Clock
 from schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from schemas.shards import Decoder
 
 MOST_BYTES = 4 << 30
 """Memory of one worker, shared memory apart: enough for 8K video, and a header that claims more is no danger."""
@@ -34,17 +38,28 @@ _STDERR = 2
 
 @dataclass(frozen=True)
 class VideoTask:
-    """One video to decode: ticks 0 to ``last_tick``, or to its end where that comes first.
+    """One video or picture to decode: ticks 0 to ``last_tick``, or to its end where that comes first.
 
     ``number`` is what events call it by; ``uri`` a local path, or several as `schemas.records.joined_uri` names them;
-    ``rotation_deg`` counter-clockwise.
+    ``rotation_deg`` counter-clockwise; ``marks`` what is drawn on a picture, one a tick.
     """
 
     number: int
     uri: str
     rotation_deg: int
     last_tick: int
-    decoder: Literal["pyav", "decord"] = "pyav"
+    decoder: Decoder = "pyav"
+    marks: list[list[float]] | None = None
+
+    @classmethod
+    def of(cls, number: int, uri: str, row: Mapping[str, Any], decoder: Decoder) -> VideoTask:
+        """Of a row of the table ``videos`` whose file lies at ``uri``; a picture is no decoder's matter."""
+        task = cls(number, uri, row["rotation_deg"], row["last_tick_needed"], decoder, row["marks"])
+        return replace(task, decoder="pyav") if task.is_picture else task
+
+    @property
+    def is_picture(self) -> bool:
+        return self.marks is not None or is_picture(self.uri)
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,8 @@ class _Worker:
             unreadable.append((first, end, reason))
             self._beat()
 
+        if task.is_picture:
+            return picture_ticks(task.uri, self._clock, task.last_tick, task.rotation_deg, task.marks)
         if task.decoder == "decord":
             from pipeline.decord_frames import decord_tick_frames, why_not_decord
 

@@ -20,6 +20,7 @@ from pipeline.feed import Ended, Failed, Feed, Frames, Restarted, VideoTask
 from pipeline.identity import identities
 from pipeline.ledger import Failure, Unreadable, VideoEntry
 from pipeline.spool import Made, Shard, Video, commit
+from pipeline.stills import marks_sha256
 from pipeline.storage import open_store
 from pipeline.todo import VisionWork
 from pipeline.vision import VisionEncoder
@@ -39,6 +40,7 @@ class EncoderSpec:
     filter: Filter = "lanczos"
     compute: ComputeType | None = None  # None: by the device's capability
     batch_size: int = 16
+    tiles: int = 1
 
     def load(self, device: str) -> VisionEncoder:
         return VisionEncoder(
@@ -49,6 +51,7 @@ class EncoderSpec:
             filter=self.filter,
             compute=self.compute,
             batch_size=self.batch_size,
+            tiles=self.tiles,
         )
 
 
@@ -116,7 +119,7 @@ class _Shards:
         self._shards: list[Shard] = []
         self._videos: dict[int, Video] = {}  # that are being decoded, by the number of the task
         self._tasks = 0
-        side = encoder.preprocessor.square
+        side = encoder.preprocessor.side
         self._batch = np.zeros((encoder.batch_size, side, side, 3), np.uint8)
         self._slots: list[tuple[Video, float]] = []  # whose frame each row of the batch is, and its pts
         self._encoding: tuple[Any, list[tuple[Video, float]]] | None = None  # the batch before it
@@ -147,10 +150,10 @@ class _Shards:
 
     def tasks(self, works: Iterable[VisionWork]) -> Iterator[VideoTask]:
         """The videos to decode, in the order of the work; remote ones are fetched some videos ahead."""
-        waiting: deque[tuple[Shard, dict[str, Any], Future[str]]] = deque()
-        for shard, row in self._rows(works):
+        waiting: deque[tuple[Shard, dict[str, Any], Path, Future[str]]] = deque()
+        for shard, row, copies in self._rows(works):
             parts = video_parts(row["uri"])
-            waiting.append((shard, row, self._fetchers.submit(_local_uri, parts, self._copies(shard, row))))
+            waiting.append((shard, row, copies, self._fetchers.submit(_local_uri, parts, copies)))
             ahead = self._job.workers if any(map(_is_address, parts)) else 0
             while len(waiting) > ahead:
                 yield from self._task(*waiting.popleft())
@@ -168,7 +171,7 @@ class _Shards:
 
     def end(self, event: Ended) -> None:
         video = self._videos.pop(event.number)
-        self._forget_copies(video)
+        shutil.rmtree(video.copies, ignore_errors=True)
         needed = video.row["last_tick_needed"] + 1
         video.end(
             VideoEntry(
@@ -177,6 +180,7 @@ class _Shards:
                 rotation_deg=video.row["rotation_deg"],
                 identity=video.identity
                 or identities([video.row["uri"]])[0],  # it was not there when it was planned
+                marks_sha256=marks_sha256(video.row["marks"]),
                 unreadable=tuple(Unreadable(*run) for run in event.unreadable),
                 notes=tuple(event.notes),
             )
@@ -185,7 +189,7 @@ class _Shards:
 
     def fail(self, number: int, reason: str) -> None:
         video = self._videos.pop(number)
-        self._forget_copies(video)
+        shutil.rmtree(video.copies, ignore_errors=True)
         video.failure = reason
         self._passed += video.row["last_tick_needed"] + 1 - video.ticks
         video.drop()
@@ -195,14 +199,10 @@ class _Shards:
         video = self._videos[number]
         self._passed -= video.ticks
         video.drop()
-        again = Video(video.row, video.identity, video.path, self._job.fingerprint)
+        again = Video(video.row, video.identity, video.path, video.copies, self._job.fingerprint)
         self._videos[number] = again
         [shard] = [shard for shard in self._shards if video in shard.videos]
         shard.videos[shard.videos.index(video)] = again
-
-    def _forget_copies(self, video: Video) -> None:
-        [shard] = [shard for shard in self._shards if video in shard.videos]
-        shutil.rmtree(self._copies(shard, video.row), ignore_errors=True)
 
     def encode_rest(self) -> None:
         """The batch that is not full, and the one that is being encoded."""
@@ -224,20 +224,24 @@ class _Shards:
             yield self._finished[0][1].result()
             self._finished.popleft()
 
-    def _rows(self, works: Iterable[VisionWork]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    def _rows(self, works: Iterable[VisionWork]) -> Iterator[tuple[Shard, dict[str, Any], Path]]:
+        """The videos to encode, and where a remote one lies while it is decoded: no other run uses that folder, and it
+        goes with the shard's."""
         for work in works:
             folder = self._work_folder / shard_stem("vision", work.number)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
             shard = Shard(work, folder, len(work.videos) - len(work.kept))
             self._shards.append(shard)
-            for row in work.videos:
+            for place, row in enumerate(work.videos):
                 if row["video_id"] in work.kept:
                     self._passed += row["last_tick_needed"] + 1
                 else:
-                    yield shard, row
+                    yield shard, row, folder / f"fetched-{place:05d}"
 
-    def _task(self, shard: Shard, row: dict[str, Any], local: Future[str]) -> Iterator[VideoTask]:
+    def _task(
+        self, shard: Shard, row: dict[str, Any], copies: Path, local: Future[str]
+    ) -> Iterator[VideoTask]:
         """None where the video could not be fetched."""
         try:
             uri = local.result()
@@ -252,10 +256,9 @@ class _Shards:
         self._tasks += 1
         path = shard.folder / f"video-{len(shard.videos):05d}.tar"
         identity = shard.work.identity[row["video_id"]]
-        self._videos[number] = Video(row, identity, path, self._job.fingerprint)
+        self._videos[number] = Video(row, identity, path, copies, self._job.fingerprint)
         shard.videos.append(self._videos[number])
-        decoder = self._job.fingerprint.decoder
-        yield VideoTask(number, uri, row["rotation_deg"], row["last_tick_needed"], decoder)
+        yield VideoTask.of(number, uri, row, self._job.fingerprint.decoder)
 
     def _start_batch(self) -> None:
         """Give a batch to the encoder, then see to the one before: a GPU works while its features are written."""
@@ -281,10 +284,6 @@ class _Shards:
 
     def _commit(self, shard: Shard) -> Made:
         return commit(shard, self._store, self._job.fingerprint, self._encoder.batch_size)
-
-    def _copies(self, shard: Shard, row: dict[str, Any]) -> Path:
-        """Where a remote video lies while it is decoded: no other run uses it, and it goes with its folder."""
-        return shard.folder / f"fetched-{shard.work.videos.index(row):05d}"
 
 
 def _runs(slots: list[tuple[Video, float]]) -> Iterator[tuple[int, int]]:

@@ -33,6 +33,7 @@ class Described:
     compute: ComputeType
     tokens_per_frame: int
     dim: int
+    tiles: int
 
     @classmethod
     def of(cls, encoder: VisionEncoder) -> Described:
@@ -43,6 +44,7 @@ class Described:
             encoder.compute,
             encoder.tokens_per_frame,
             encoder.dim,
+            encoder.preprocessor.tiles,
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.feed import Feed, Frames, VideoTask
+from pipeline.stills import is_picture
 from pipeline.storage import Store
 from pipeline.todo import Todo
 from pipeline.vision import VisionEncoder
@@ -18,13 +19,15 @@ from schemas.shards import Fingerprint
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is going to do. ``ticks`` are all of its plan, ``ticks_to_encode`` those that are not there yet.
+    """What a run is going to do. ``ticks`` are all of its plan, ``ticks_to_encode`` those that are not there yet;
+    ``pictures`` of the ``videos`` are pictures.
 
     ``bytes_to_write`` is what the shards to be made take. ``bytes_needed`` must be free in ``where`` while they are
     made, for a shard's videos are kept apart until the last of them is there.
     """
 
     videos: int
+    pictures: int
     ticks: int
     ticks_to_encode: int
     shards: int
@@ -52,8 +55,10 @@ class Estimate:
         ticks = sum(plan.ticks for plan in todo.mine)
         finished = sum(todo.plans[number].ticks for number in todo.finished)
         reused = sum(kept.entry.needed for work in works for kept in work.kept.values())
+        videos = [video for plan in todo.mine for video in plan.videos]
         return cls(
-            videos=sum(len(plan.videos) for plan in todo.mine),
+            videos=len(videos),
+            pictures=sum(is_picture(video["uri"]) for video in videos),
             ticks=ticks,
             ticks_to_encode=ticks - finished - reused,
             shards=len(todo.mine),
@@ -88,8 +93,7 @@ def probe(
     """Ticks a second that one encoder makes of these videos, tried for some seconds; None where none can be read."""
     videos = [video for work in todo.works for video in work.videos if video["video_id"] not in work.kept]
     tasks = (
-        VideoTask(n, v["uri"], v["rotation_deg"], v["last_tick_needed"], fingerprint.decoder)
-        for n, v in enumerate(videos)
+        VideoTask.of(number, video["uri"], video, fingerprint.decoder) for number, video in enumerate(videos)
     )
     ticks = 0
     with Feed(encoder.preprocessor, Clock(fingerprint.tick_hz), workers, limit_s) as feed:

@@ -23,7 +23,7 @@ _LOOK_S = 1.0  # seconds between two looks at whether the workers make progress
 class Frames:
     """Consecutive ticks of a video; those of one video come in order from 0 on, each once.
 
-    ``images`` are uint8 ``[n, S, S, 3]``, a view that is valid until the next event is asked for; ``pts`` float64
+    ``images`` are uint8 ``[n, side, side, 3]``, a view that is valid until the next event is asked for; ``pts`` float64
     ``[n]`` in seconds. A tick that cannot be read is a zero image with pts NaN.
     """
 
@@ -68,7 +68,8 @@ class Feed:
     """Decodes several videos at once in processes of their own and hands over their frames as they come.
 
     The processes start when there is work for them and end with the feed, or with this process however it ends.
-    Each is at most ``blocks`` blocks of ``block_frames`` frames ahead of the consumer. A video that makes no progress
+    Each is at most ``blocks`` blocks of ``block_frames`` frames (of fewer, where they are cut into tiles) ahead of the
+    consumer. A video that makes no progress
     for ``limit_s`` seconds, or ends its process, fails alone: a fresh process takes the next one.
     """
 
@@ -81,7 +82,8 @@ class Feed:
         block_frames: int = 8,
         blocks: int = 4,
     ) -> None:
-        shape = RingShape(blocks, block_frames, preprocessor.square)
+        # as much memory whatever the size of a frame, as far as that goes
+        shape = RingShape(blocks, max(1, block_frames // preprocessor.tiles**2), preprocessor.side)
         settings = {
             "preprocessor": dataclasses.asdict(preprocessor),
             "tick_hz": clock.tick_hz,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.shards import LabelledSession
+from pipeline.shards import LabelledSession, is_counting
 from schemas.errors import UserError
 from schemas.states import COMPLETE, COMPLETED, NOT_STARTED, START
 from schemas.tables import SPLITS, TABLES, label_folders, open_table
@@ -30,7 +30,9 @@ def summary(labels: Path) -> Rows:
         Rows of ``source, split, videos, recordings, sessions, hours`` (of the sessions), ``video_hours`` (each
         video once, as far as a session needs it), ``speaking_share`` (of ticks), ``speaks_a_minute``,
         ``updates_a_minute``, ``users_a_minute`` (turns of the user), ``steps_a_session``, ``max_steps``,
-        ``mistake_share`` (of the ticks that are judged; None where none is), ``dialog_origin`` (in words).
+        ``mistake_share`` (of the ticks that are judged; None where none is), ``dialog_origin`` (in words). Of a corpus
+        of pictures, rows of ``source, split, pictures, categories, ticks, objects``, and of the objects in a picture
+        ``fewest, lower_quartile, median, upper_quartile, most, mean``.
 
     Raises:
         UserError: there are no tables, or one cannot be read.
@@ -43,10 +45,11 @@ def summary(labels: Path) -> Rows:
     rows: Rows = []
     for source in sorted(counted["source"].unique()):
         sessions = counted.filter(pl.col("source") == source)
+        summed = _summed_pictures if all(map(is_counting, sessions.iter_rows(named=True))) else _summed
         splits = sorted(sessions["split"].unique(), key=lambda split: (*SPLITS, split).index(split))
-        rows += [_summed(source, split, sessions.filter(pl.col("split") == split)) for split in splits]
+        rows += [summed(source, split, sessions.filter(pl.col("split") == split)) for split in splits]
         if len(splits) > 1:
-            rows.append(_summed(source, "all", sessions))
+            rows.append(summed(source, "all", sessions))
     return rows
 
 
@@ -97,7 +100,11 @@ def timeline(session: LabelledSession) -> list[str]:
 
     Lines are in order of ticks. Within a tick they are in the order a model meets them: the user's words, the
     steps, mistakes (of which the tables know the ticks only), the assistant's words.
+
+    Of a picture, say where its objects are, a line for each in the order of marking.
     """
+    if session.points is not None:
+        return _marking(session, session.points)
     meta, final = session.meta, session.column("dst_state")[-1]
     hz, last = meta["tick_hz"], session.first_tick + session.num_ticks - 1
     started, completed = (final > NOT_STARTED).sum(), (final == COMPLETED).sum()
@@ -142,9 +149,13 @@ def _counted_sessions(folder: Path) -> pl.DataFrame:
     users = (pl.col("role") == "user").sum()
     frames = _read(folder, "frames", lambda table: table.group_by("session_id").agg(**counts))
     turns = _read(folder, "turns", lambda table: table.group_by("session_id").agg(users=users))
-    videos = _read(folder, "videos", lambda table: table.drop("source"))
+    points = _read(folder, "points", lambda table: table.group_by("session_id").agg(objects=pl.len()))
+    videos = _read(folder, "videos", lambda table: table.drop("source", "marks"))
     sessions = _read(folder, "sessions", lambda table: table)
-    for other, key in ((videos, "video_id"), (frames, "session_id"), (turns, "session_id")):
+    for other, key in (
+        *((videos, "video_id"), (frames, "session_id")),
+        *((turns, "session_id"), (points, "session_id")),
+    ):
         sessions = sessions.join(other, on=key, how="left", maintain_order="left")
     if sessions["recording_id"].null_count() or sessions["ticks"].null_count():
         raise UserError(
@@ -182,6 +193,25 @@ def _summed(source: str, split: str, sessions: pl.DataFrame) -> dict[str, Any]:
     }
 
 
+def _summed_pictures(source: str, split: str, sessions: pl.DataFrame) -> dict[str, Any]:
+    objects = sessions["objects"].fill_null(0)
+    return {
+        "source": source,
+        "split": split,
+        "pictures": len(sessions),
+        "categories": sessions["goal"].n_unique(),
+        "ticks": sessions["ticks"].sum(),
+        "objects": objects.sum(),
+        "fewest": objects.min(),
+        **{
+            name: objects.quantile(share, interpolation="linear")
+            for name, share in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75))
+        },
+        "most": objects.max(),
+        "mean": objects.mean(),
+    }
+
+
 def _session(folder: Path, session_id: str) -> LabelledSession:
     import polars as pl
 
@@ -191,12 +221,34 @@ def _session(folder: Path, session_id: str) -> LabelledSession:
     [session] = rows("sessions", "session_id", session_id).to_dicts()
     [video] = rows("videos", "video_id", session["video_id"]).to_dicts()
     steps, turns, frames = (rows(name, "session_id", session_id) for name in ("steps", "turns", "frames"))
+    meta, points = {**session, "uri": video["uri"], "rotation_deg": video["rotation_deg"]}, None
+    if is_counting(session):
+        meta["marks"] = "none" if video["marks"] is None else "drawn"
+        points = rows("points", "session_id", session_id).sort("point").to_dicts()
     return LabelledSession(
-        meta={**session, "uri": video["uri"], "rotation_deg": video["rotation_deg"]},
+        meta=meta,
         steps=steps.sort("step").to_dicts(),
         turns=turns.sort("turn").to_dicts(),
         frames=frames.sort("tick").to_arrow().cast(TABLES["frames"]),
+        points=points,
     )
+
+
+def _marking(session: LabelledSession, points: Rows) -> list[str]:
+    meta = session.meta
+    return [
+        session.session_id,
+        f"  category {_one_line(meta['goal'])}",
+        f"  split    {meta['split']}",
+        f"  picture  {meta['uri']}",
+        f"  ticks    {session.num_ticks}, marks {meta['marks']}",
+        f"  objects  {len(points)}",
+        f"{'mark':>5} {'x':>7} {'y':>7}  pixels",
+        *(
+            f"{row['point'] + 1:>5} {row['x']:>7.3f} {row['y']:>7.3f}  {row['x_px']:g}, {row['y_px']:g}"
+            for row in points
+        ),
+    ]
 
 
 class _Event(NamedTuple):

@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.ledger import Entry, Failure, Ledger, VideoEntry, forget, record, sha256_of
 from pipeline.plan import LabelTables, Rows
-from pipeline.shards import Member, writer_of
+from pipeline.shards import Member, is_counting, writer_of
+from pipeline.stills import marks_sha256
 from pipeline.storage import Store
 from schemas.shards import Storage, shard_stem
 
@@ -67,6 +68,8 @@ def _why_not(session: dict[str, Any], video: dict[str, Any], cached: VideoEntry 
             f"{video_id} was cached with a rotation of {cached.rotation_deg}, the tables say "
             f"{video['rotation_deg']}: run 'dst cache-features'"
         )
+    if cached.marks_sha256 != marks_sha256(video["marks"]):
+        return f"{video_id} was cached with other marks drawn on it: run 'dst cache-features'"
     if cached.ticks < end:
         return f"needs {end} ticks of {video_id}, the video has {cached.ticks}"
     for unreadable in cached.unreadable:
@@ -79,15 +82,21 @@ def _members(session: dict[str, Any], video: dict[str, Any], tables: LabelTables
     session_id = session["session_id"]
     frames = tables.of_session("frames", session_id)
     turns, steps = (tables.of_session(name, session_id).to_pylist() for name in ("turns", "steps"))
-    return {
+    members: dict[str, Member] = {
         # copied row by row: a slice's bit maps would end in bits of the next session
         "frames": frames.take(np.arange(len(frames))).combine_chunks(),
         "turns": turns,
         "steps": steps,
         "meta": meta_of(session, video),
     }
+    if is_counting(session):
+        members["points"] = tables.of_session("points", session_id).to_pylist()
+    return members
 
 
 def meta_of(session: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
     """What a record tells of its session: the row of the table, and what its video's row tells besides."""
-    return session | {name: video[name] for name in ("recording_id", "uri", "rotation_deg")}
+    meta = session | {name: video[name] for name in ("recording_id", "uri", "rotation_deg")}
+    if is_counting(session):
+        meta["marks"] = "none" if video["marks"] is None else "drawn"
+    return meta

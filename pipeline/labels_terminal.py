@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.shards import LabelledSession
+    from schemas.records import Marks
 
 
 def prepare_and_tell(
@@ -26,14 +27,15 @@ def prepare_and_tell(
     level: str,
     view: str | None,
     workers: int,
+    marks: Marks,
 ) -> None:
     """Write one corpus' label tables, and tell what is in them and what was left out."""
     from pipeline.prepare import prepare
     from schemas.clock import Clock
 
-    with progress("recordings") as bar:
+    with progress("parts") as bar:
         counts = prepare(
-            *(source, root, out, Clock(tick_hz), dialogs, level, view, workers),
+            *(source, root, out, Clock(tick_hz), dialogs, level, view, workers, marks),
             on_plan=bar.start,
             on_unit=lambda: bar.advance(1),
         )
@@ -68,6 +70,31 @@ def echo_counts(rows: Sequence[Mapping[str, Any]], rejects: Sequence[Mapping[str
         typer.echo("the first of each:")
         for row in rejects:
             typer.echo(f"  {row['reason']}: {row['example']}")
+
+
+def points_picture(session: LabelledSession, path: Path, say: Callable[[str], None]) -> bool:
+    """Draw the numbered marks on a session's picture, twice as large, so that they cover less of it.
+
+    Returns:
+        Whether there is a picture to draw on; else a sentence is said.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from pipeline.decode import DecodeError
+    from pipeline.stills import draw_marks, read_picture
+    from schemas.files import replacing_file
+
+    try:
+        plain = Image.fromarray(read_picture(session.meta["uri"]))
+    except DecodeError as error:
+        say(str(error))
+        return False
+    large = np.asarray(plain.resize((2 * plain.width, 2 * plain.height), Image.Resampling.LANCZOS))
+    places = [(2 * point["x_px"], 2 * point["y_px"]) for point in session.points or ()]
+    with replacing_file(path) as temporary:
+        Image.fromarray(draw_marks(large, places, len(places))).save(temporary, "PNG")
+    return True
 
 
 def some_frames(session: LabelledSession, say: Callable[[str], None]) -> list[tuple[int, NDArray[np.uint8]]]:

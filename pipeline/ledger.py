@@ -36,13 +36,15 @@ class VideoEntry(_Record):
     """What was cached of one video: ticks from 0 on, those that are unreadable, and what else is to be known.
 
     ``needed`` ticks were asked for; where there are fewer, the video ends. ``identity`` is that of
-    `pipeline.identity`, None where the file could not be read when the work was planned.
+    `pipeline.identity`, None where the file could not be read when the work was planned. ``marks_sha256`` is that of
+    `pipeline.stills`, of the marks that were drawn on a picture.
     """
 
     ticks: Ticks
     needed: Ticks
     rotation_deg: int
     identity: str | None
+    marks_sha256: str | None = None
     unreadable: tuple[Unreadable, ...] = ()
     notes: tuple[str, ...] = ()
 

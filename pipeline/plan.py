@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class LabelTables:
             self.clock = Clock(rates[0])
         except ValueError as error:
             raise UserError(f"{folder}: {error}; run 'dst prepare' again") from None
-        self._rows = {name: _SessionRows(folders, name) for name in ("steps", "turns", "frames")}
+        self._rows = {name: _SessionRows(folders, name) for name in ("steps", "turns", "frames", "points")}
 
     @functools.cached_property
     def video_of(self) -> dict[str, dict[str, Any]]:
@@ -70,7 +71,7 @@ class LabelTables:
         return {video["video_id"]: video for video in self.videos}
 
     def of_session(self, name: str, session_id: str) -> pa.Table:
-        """The rows of one session in the table ``steps``, ``turns`` or ``frames``."""
+        """The rows of one session in the table ``steps``, ``turns``, ``frames`` or ``points``."""
         return self._rows[name].of(session_id)
 
     def _check(self) -> None:
@@ -93,6 +94,11 @@ class LabelTables:
             raise UserError(
                 f"{self.folder} needs no tick of the video {beginless[0]!r}; run 'dst prepare' again"
             )
+        odd = [video["video_id"] for video in self.videos if not _are_points(video["marks"] or [])]
+        if odd:
+            raise UserError(
+                f"{self.folder} has marks on {odd[0]!r} that are not pairs of numbers; run 'dst prepare' again"
+            )
         needed = {video["video_id"]: video["last_tick_needed"] for video in self.videos}
         for session in self.sessions:
             last = session["first_tick"] + session["num_ticks"] - 1
@@ -101,6 +107,10 @@ class LabelTables:
                     f"{self.folder} has the session {session['session_id']!r} on ticks {session['first_tick']} to "
                     f"{last} of {session['video_id']!r}, which videos.parquet does not have; run 'dst prepare' again"
                 )
+
+
+def _are_points(marks: list[list[float]]) -> bool:
+    return all(len(mark) == 2 and all(map(math.isfinite, mark)) for mark in marks)
 
 
 class _SessionRows:

@@ -17,12 +17,13 @@ import pyarrow as pa
 
 from data_manifests import Manifest, load_manifest
 from pipeline.align import Aligned, align
+from pipeline.counted import counted
 from pipeline.dialogs import DialogIndex
-from pipeline.sources.common import Corpus, make_sessions
+from pipeline.sources.common import Annotated, Corpus, make_sessions
 from pipeline.workers import in_order
 from schemas.clock import Clock
 from schemas.errors import UserError
-from schemas.records import Rejects, Video, video_files
+from schemas.records import Marks, Picture, Rejects, Video, video_files
 from schemas.tables import LabelWriter, table_of
 
 
@@ -49,6 +50,7 @@ class _Task:
     source: str
     clock: Clock
     index: DialogIndex
+    marks: Marks
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def prepare(
     level: str = "step",
     view: str | None = None,
     workers: int = 1,
+    marks: Marks = "none",
     on_plan: Callable[[int], None] = lambda units: None,
     on_unit: Callable[[], None] = lambda: None,
 ) -> Counts:
@@ -103,15 +106,16 @@ def prepare(
         level: which annotations are the steps, ``step`` or ``substep``.
         view: the camera of sessions whose dialogue names none; None lets the corpus choose.
         workers: processes that read.
-        on_plan: called once with the number of units (recordings or files), for a progress bar.
+        marks: of a corpus of pictures: ``drawn`` gives each a tick for each mark, with it and those before it drawn.
+        on_plan: called once with the number of units (recordings, files, or some pictures), for a progress bar.
         on_unit: called after each.
 
     Raises:
         UserError: nothing that can be used; the tables of an earlier run stay as they were.
     """
     corpus, manifest = corpus_of(source), load_manifest(source)
-    _check(manifest, corpus, root, level, view)
-    if dialogs is None and (root / "dialogs").exists():
+    _check(manifest, corpus, root, dialogs, level, view, marks)
+    if dialogs is None and corpus.LEVELS and (root / "dialogs").exists():
         dialogs = root / "dialogs"
     rejects = Rejects()
     index = DialogIndex(dialogs, rejects)
@@ -120,7 +124,7 @@ def prepare(
     totals = _Totals(source)
     with LabelWriter(out / source) as writer:
         totals.add(writer, _packed(source, [], [], rejects))
-        with closing(in_order(_read_unit, _Task(source, clock, index), units, workers)) as results:
+        with closing(in_order(_read_unit, _Task(source, clock, index, marks), units, workers)) as results:
             for read in results:
                 totals.add(writer, read)
                 on_unit()
@@ -133,18 +137,36 @@ def prepare(
             )
         writer.add_videos(totals.video_rows())
         counts = totals.counts(dict(writer.rows))
-        settings = {"root": str(root), "dialogs": dialogs and str(dialogs), "level": level, "view": view}
-        about = {"source": source, **settings, "tick_hz": clock.tick_hz, **asdict(counts)}
+        settings: dict[str, Any] = {"marks": marks}
+        if corpus.LEVELS:
+            settings = {"dialogs": dialogs and str(dialogs), "level": level, "view": view}
+        about = {"source": source, "root": str(root), **settings, "tick_hz": clock.tick_hz, **asdict(counts)}
         writer.add_about(json.dumps(about, indent=2) + "\n")
     return counts
 
 
-def _check(manifest: Manifest, corpus: Corpus, root: Path, level: str, view: str | None) -> None:
+def _check(
+    manifest: Manifest,
+    corpus: Corpus,
+    root: Path,
+    dialogs: Path | None,
+    level: str,
+    view: str | None,
+    marks: Marks,
+) -> None:
     if not root.is_dir():
         raise UserError(
             f"{root} is not a folder, so there is no {manifest.name}; ask for it at {manifest.ask_at}, "
             f"or make a synthetic one with 'dst sample --source {manifest.name} --out {root}'"
         )
+    if not corpus.LEVELS:
+        if dialogs is not None or level != "step" or view is not None:
+            raise UserError(
+                f"{manifest.name} has pictures, not dialogues; leave --dialogs, --level and --view away"
+            )
+        return
+    if marks != "none":
+        raise UserError(f"{manifest.name} has no pictures to draw marks on; leave --marks away")
     if level not in corpus.LEVELS:
         raise UserError(f"{manifest.name} has no level {level!r}; known: {', '.join(corpus.LEVELS)}")
     views = [known.name for known in manifest.views]
@@ -154,8 +176,9 @@ def _check(manifest: Manifest, corpus: Corpus, root: Path, level: str, view: str
 
 def _read_unit(task: _Task, unit: Any) -> _Read:
     rejects = Rejects()
-    annotated = list(corpus_of(task.source).read(unit, rejects))
-    sessions: list[tuple[Video, Aligned]] = []
+    read = list(corpus_of(task.source).read(unit, rejects))
+    annotated = [each for each in read if isinstance(each, Annotated)]
+    sessions = [counted(each, task.clock, task.marks) for each in read if isinstance(each, Picture)]
     for session in make_sessions(task.source, annotated, task.index, rejects):
         aligned = align(session, task.clock, rejects)
         if aligned is not None:
@@ -176,6 +199,7 @@ def _packed(
             "steps": table_of("steps", (row for session in aligned for row in session.steps)),
             "turns": table_of("turns", (row for session in aligned for row in session.turns)),
             "frames": pa.concat_tables(frames) if frames else table_of("frames", []),
+            "points": table_of("points", (row for session in aligned for row in session.points)),
             "rejects": table_of("rejects", map(vars, rejects.rows)),
         },
         reasons=Counter(reject.reason for reject in rejects.rows),

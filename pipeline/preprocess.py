@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ class Preprocessor:
     Two resizes, first to ``longest_edge`` with the aspect kept, then to a ``square``; after that
     ``(value / 255 - mean) / std``. The first resize upscales small frames, as the processor does.
 
+    With ``tiles`` n the picture is n times as large each way, so that n x n tiles of a ``square`` can be cut from it;
+    the first resize is then to no less than that, or it would lose what the tiles are to show. Of a square picture
+    these are the processor's tiles where that splits it into n x n.
+
     The filter ``lanczos`` is PIL's, which the released checkpoints ask for: exactly the processor's pixels.
     ``bicubic`` is torch's, which takes a quarter of the time: within 2 of 255 of PIL's bicubic, where that too goes
     first horizontally, then vertically (newer versions of PIL turn it round for tall pictures).
@@ -38,9 +42,10 @@ class Preprocessor:
     std: tuple[float, float, float]
     rescale: float
     filter: Filter = "lanczos"
+    tiles: int = 1
 
     @classmethod
-    def read(cls, folder: Path, filter: Filter = "lanczos") -> Preprocessor:
+    def read(cls, folder: Path, filter: Filter = "lanczos", tiles: int = 1) -> Preprocessor:
         """From a checkpoint's ``preprocessor_config.json``.
 
         A checkpoint that asks for Lanczos may be given bicubic, which comes near it; one that asks for bicubic is
@@ -69,23 +74,29 @@ class Preprocessor:
             std=tuple(raw["image_std"]),
             rescale=raw.get("rescale_factor", 1 / 255),
             filter=filter,
+            tiles=tiles,
         )
 
-    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """One frame RGB uint8 ``[H, W, 3]`` to uint8 ``[S, S, 3]``, in one thread."""
-        height, width = image.shape[:2]
-        shorter = self._shorter_edge(height, width)
-        first = (self.longest_edge, shorter) if height > width else (shorter, self.longest_edge)
-        resize = _lanczos if self.filter == "lanczos" else _bicubic
-        return resize(image, [first, (self.square, self.square)])
+    @property
+    def side(self) -> int:
+        """Of the resized picture, in pixels."""
+        return self.tiles * self.square
 
-    def _shorter_edge(self, height: int, width: int) -> int:
-        """The shorter edge after the first resize: cut to an integer, then made even."""
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """One frame RGB uint8 ``[H, W, 3]`` to uint8 ``[side, side, 3]``, in one thread."""
+        resize = _lanczos if self.filter == "lanczos" else _bicubic
+        return resize(image, [self._first_size(*image.shape[:2]), (self.side, self.side)])
+
+    def _first_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the first resize: the shorter edge is cut to an integer, then made even."""
+        longer = self.longest_edge if self.tiles == 1 else max(self.longest_edge, self.side)
         aspect = width / height
-        edge = int(self.longest_edge / aspect) if width >= height else int(self.longest_edge * aspect)
-        return max(edge + edge % 2, 1)
+        edge = int(longer / aspect) if width >= height else int(longer * aspect)
+        shorter = max(edge + edge % 2, 1)
+        return (longer, shorter) if height > width else (shorter, longer)
 
     def fingerprint(self) -> dict[str, int | float | str | list[float]]:
+        """What features depend on, the number of tiles apart, which a cache tells by itself."""
         return {
             "filter": self.filter,
             "longest_edge": self.longest_edge,
@@ -93,7 +104,7 @@ class Preprocessor:
             "mean": list(self.mean),
             "std": list(self.std),
             "rescale": self.rescale,
-            "resized_sha256": self._resized_sha256(),
+            "resized_sha256": replace(self, tiles=1)._resized_sha256(),
         }
 
     def _resized_sha256(self) -> str:

@@ -79,6 +79,19 @@ PRESETS: dict[str, Preset] = {
         scale_factor=4,
         longest_edge=128,
     ),
+    "tiny-grid": Preset(  # to count with: as many tokens a picture as the released ones have, half of tiny's layers
+        text={**_llama(128, 2, 4, 4, 384, 10_000.0), "initializer_range": 0.08},
+        vision={
+            "hidden_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "image_size": 128,
+            "patch_size": 8,
+        },
+        scale_factor=2,
+        longest_edge=128,
+    ),
     "smolvlm2-256m": Preset(_llama(576, 30, 9, 3, 1536, 100_000.0), _siglip_base(512), 4, 2048, 49_280),
     "smolvlm2-500m": Preset(_llama(960, 32, 15, 5, 2560, 100_000.0), _siglip_base(512), 4, 2048, 49_280),
     "smolvlm2-2.2b": Preset(

@@ -56,13 +56,15 @@ def reader_of(path: Path) -> ShardReader:
 class LabelledSession:
     """One session as a label shard holds it.
 
-    ``frames`` are its rows of the frames table; ``state`` and ``transitions`` are int8 ``[T, K]``.
+    ``frames`` are its rows of the frames table; ``state`` and ``transitions`` are int8 ``[T, K]``. ``points`` are the
+    objects to count, None in a session of another kind.
     """
 
     meta: dict[str, Any]
     steps: list[dict[str, Any]]
     turns: list[dict[str, Any]]
     frames: pa.Table
+    points: list[dict[str, Any]] | None = None
 
     @property
     def session_id(self) -> str:
@@ -163,8 +165,7 @@ class ShardCache:
                 f"{self.folder} holds no session {session_id!r}; `session_ids` lists those it has"
             )
         reader = self._reader(self._sessions[session_id])
-        meta, steps, turns = (reader.json(session_id, part) for part in ("meta", "steps", "turns"))
-        session = LabelledSession(meta, steps, turns, reader.table(session_id, "frames"))
+        session = read_session(reader, session_id)
         wrong = what_is_wrong(session_id, session)
         if wrong:
             raise UserError(f"{reader.path}: session {session_id} {wrong}; run 'dst cache-features' again")
@@ -270,11 +271,32 @@ class _Ticks:
             np.multiply(self.vision, self.scale, out=out, dtype=np.float32, casting="same_kind")
 
 
+def read_session(reader: ShardReader, session_id: str) -> LabelledSession:
+    """A session's record, before anything in it was looked at.
+
+    Raises:
+        UserError: it is not there, or lacks a part.
+    """
+    meta, steps, turns = (reader.json(session_id, part) for part in ("meta", "steps", "turns"))
+    points = reader.json(session_id, "points") if "points" in reader.members(session_id) else None
+    return LabelledSession(meta, steps, turns, reader.table(session_id, "frames"), points)
+
+
+def is_counting(session: Mapping[str, Any]) -> bool:
+    """Whether a row of the table ``sessions`` is one of an image whose objects are counted."""
+    return bool(session["dialog_origin"] == "none")
+
+
 def what_is_wrong(session_id: str, session: LabelledSession) -> str | None:
     """What would let a reader of the session stumble; what a shard holds may come from anywhere."""
-    for name, rows in (("sessions", [session.meta]), ("steps", session.steps), ("turns", session.turns)):
+    parts = {"sessions": [session.meta], "steps": session.steps, "turns": session.turns}
+    if session.points is not None:
+        parts["points"] = session.points
+    for name, rows in parts.items():
         if not _are_rows(name, rows):
             return f"has {name} that are not rows of that table"
+    if is_counting(session.meta) != (session.points is not None):
+        return "has points and is a dialog" if session.points is not None else "counts and has no points"
     if session.session_id != session_id:
         return f"calls itself {session.session_id!r}"
     if not session.frames.schema.equals(TABLES["frames"]):

@@ -29,12 +29,15 @@ class Made:
 
 
 class Video:
-    """A video whose features come in: whole chunks go to a file of its own until its shard is put together."""
+    """A video whose features come in: whole chunks go to a file of its own until its shard is put together.
+
+    ``copies`` is a folder of its own for what is fetched of it.
+    """
 
     def __init__(
-        self, row: dict[str, Any], identity: str | None, path: Path, fingerprint: Fingerprint
+        self, row: dict[str, Any], identity: str | None, path: Path, copies: Path, fingerprint: Fingerprint
     ) -> None:
-        self.row, self.identity, self.path = row, identity, path
+        self.row, self.identity, self.path, self.copies = row, identity, path, copies
         self.ticks = 0  # whose features came in
         self.entry: VideoEntry | None = None  # once the last tick was decoded
         self.failure: str | None = None

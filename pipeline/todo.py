@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.identity import identities
 from pipeline.ledger import SHARD_FILE, Entry, Ledger, Unreadable, VideoEntry, forget, key_of, record
 from pipeline.plan import LabelTables, Rows, ShardPlan, plan_shards, plan_text
+from pipeline.stills import marks_sha256
 from pipeline.storage import Store
 from schemas.errors import UserError
 from schemas.shards import Decoder, FeatureType, Fingerprint, Storage, shard_stem
@@ -101,8 +102,7 @@ def make_todo(tables: LabelTables, fingerprint: Fingerprint, ledger: Ledger, opt
     finished: dict[int, Entry] = {}
     works: list[VisionWork] = []
     for plan in mine:
-        needs = [[v["video_id"], v["rotation_deg"], v["last_tick_needed"]] for v in plan.videos]
-        key = key_of(settings, needs)
+        key = key_of(settings, [_needs(video) for video in plan.videos])
         entry = ledger.finished(shard_stem("vision", plan.number), key)
         own = {video["video_id"]: identity[video["video_id"]] for video in plan.videos}
         again = entry is None or (options.retry_failed and entry.failures)
@@ -165,13 +165,21 @@ def _cached(ledger: Ledger, options: CacheOptions) -> dict[str, Kept]:
     return found
 
 
+def _needs(video: Row) -> list[Any]:
+    """What of a video's row its features depend on."""
+    needs = [video["video_id"], video["rotation_deg"], video["last_tick_needed"]]
+    return needs if video["marks"] is None else [*needs, marks_sha256(video["marks"])]
+
+
 def _usable(video: Row, cached: Kept | None, identity: str | None) -> Kept | None:
     """The features of a video that are there already, as many as are needed now."""
     if cached is None or not _is_same(cached.entry.identity, identity):
         return None
     entry, needed = cached.entry, video["last_tick_needed"] + 1
     ends_before = entry.ticks < entry.needed
-    if entry.rotation_deg != video["rotation_deg"] or (entry.ticks < needed and not ends_before):
+    if entry.rotation_deg != video["rotation_deg"] or entry.marks_sha256 != marks_sha256(video["marks"]):
+        return None
+    if entry.ticks < needed and not ends_before:
         return None
     ticks = min(entry.ticks, needed)
     unreadable = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,14 +14,16 @@ from pipeline.label_shards import meta_of
 from pipeline.ledger import Entry, key_of
 from pipeline.plan import LabelTables
 from pipeline.shard_reader import ShardReader
-from pipeline.shards import LabelledSession, what_is_wrong
+from pipeline.shards import LabelledSession, read_session, what_is_wrong
+from pipeline.stills import marks_sha256
 from pipeline.verify_vision import at_ticks
 from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.states import COMPLETED, Step, TimestampToStateConverter, transitions_between
 from schemas.tables import SPLITS
 
-_PARTS = ("frames", "meta", "steps", "turns")
+_PARTS = ("frames", "meta", "points", "steps", "turns")
+_ROW_PX = 50  # of reading order
 
 
 class LabelCheck:
@@ -103,6 +106,13 @@ class LabelCheck:
                 else f"its video {video_id} is not in the cache"
             )
             return
+        drawn = _drawn(session)
+        if marks_sha256(drawn) != video.marks_sha256:
+            yield (
+                f"{video_id} was not cached with its points drawn on it"
+                if drawn is not None
+                else f"{video_id} was cached with marks drawn on it"
+            )
         if session.meta.get("rotation_deg") != video.rotation_deg:
             yield (
                 f"it is rotated by {session.meta.get('rotation_deg')} degrees, its video was cached with "
@@ -121,11 +131,13 @@ class LabelCheck:
             return
         video = self._video_rows[row["video_id"]]
         tables = {
-            name: self._tables.of_session(name, session.session_id) for name in ("frames", "steps", "turns")
+            name: self._tables.of_session(name, session.session_id)
+            for name in ("frames", "points", "steps", "turns")
         }
         same = {
             "frames": session.frames.equals(tables["frames"]),
             "meta": _is_same(session.meta, meta_of(row, video)),
+            "points": _is_same(session.points or [], tables["points"].to_pylist()),
             "steps": _is_same(session.steps, tables["steps"].to_pylist()),
             "turns": _is_same(session.turns, tables["turns"].to_pylist()),
         }
@@ -140,13 +152,13 @@ class _NotAsWanted(Exception):
 
 def _session(reader: ShardReader, key: str) -> LabelledSession:
     members = sorted(reader.members(key))
-    if members != list(_PARTS):
-        raise _NotAsWanted(f"it holds {', '.join(members)} in place of {', '.join(_PARTS)}")
-    meta, steps, turns = (reader.json(key, part) for part in ("meta", "steps", "turns"))
-    frames = reader.table(key, "frames")
+    wanted = [part for part in _PARTS if part != "points" or "points" in members]
+    if members != wanted:
+        raise _NotAsWanted(f"it holds {', '.join(members)} in place of {', '.join(wanted)}")
+    session = read_session(reader, key)
+    meta, frames = session.meta, session.frames
     if not isinstance(meta, dict) or meta.get("num_ticks") != len(frames):
         raise _NotAsWanted(f"it has {len(frames)} rows of frames, which is not what its meta says")
-    session = LabelledSession(meta, steps, turns, frames)
     wrong = what_is_wrong(key, session)
     if wrong:
         raise _NotAsWanted(f"the session {wrong}")
@@ -181,6 +193,38 @@ def _check_rows(session: LabelledSession, clock: Clock) -> Iterator[str]:
             yield f"{at_ticks(ticks[wrong])}: {name} is {session.column(name)[wrong][:1].tolist()[0]!r}"
     yield from _check_states(session, clock)
     yield from _check_turns(session, clock)
+    if session.points is not None:
+        yield from _check_points(session, session.points)
+
+
+def _check_points(session: LabelledSession, points: list[dict[str, Any]]) -> Iterator[str]:
+    if [(row["session_id"], row["point"]) for row in points] != [
+        (session.session_id, n) for n in range(len(points))
+    ]:
+        yield "its points are not those of this session, numbered from 0 on"
+    outside = [row["point"] for row in points if not (abs(row["x"]) <= 1 and abs(row["y"]) <= 1)]
+    if outside:
+        yield f"point {outside[0]} lies outside of the picture"
+    if not all(math.isfinite(row[name]) for row in points for name in ("x_px", "y_px")):
+        yield "its points have pixels that are no numbers"
+    elif any(_place(row) > _place(after) for row, after in itertools.pairwise(points)):
+        yield f"its points are not in reading order, by rows of {_ROW_PX} pixels"
+    marks = session.meta.get("marks")
+    if marks not in ("drawn", "none"):
+        yield f"its marks are {marks!r}"
+    elif session.num_ticks != (wanted := len(points) + 1 if marks == "drawn" else 1):
+        yield f"it has {session.num_ticks} ticks in place of {wanted}: {len(points)} points, marks {marks!r}"
+
+
+def _place(row: dict[str, Any]) -> tuple[float, float]:
+    return row["y_px"] // _ROW_PX, row["x_px"]
+
+
+def _drawn(session: LabelledSession) -> list[list[float]] | None:
+    """The marks that were drawn on its picture, None where none were."""
+    if session.meta.get("marks") != "drawn":
+        return None
+    return [[row["x_px"], row["y_px"]] for row in session.points or []]
 
 
 def _check_states(session: LabelledSession, clock: Clock) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.grid import cut, lay_out, pool_tokens, pool_window
 from pipeline.preprocess import Preprocessor, read_config
 from schemas.errors import UserError
 
@@ -40,16 +40,19 @@ class Pending:
 class VisionEncoder:
     """Vision tower and connector of a checkpoint; the language model is not loaded.
 
+    With ``tiles`` n, a frame is n x n pictures for the tower; their tokens are laid out as one grid of the whole frame,
+    row by row.
+
     A frame's features do not depend on the frames around it: a GPU sees batches of one shape only, short ones padded,
     and on a CPU each frame is computed alone, by one thread, several frames at once. So a CPU's features do not depend
     on the number of its threads either (sums would be split otherwise); they do on its kind.
 
     Attributes:
         name: where to find the checkpoint again.
-        tokens: features a frame after the connector (before pooling).
+        tokens: features a frame after the connector (before pooling), of all its tiles.
         dim: width of a feature, the language model's hidden size.
         compute: the type that weights and activations have.
-        batch_size: the most frames that `start` takes.
+        batch_size: the most frames that `start` takes, and the most pictures that the tower gets at once.
         sha256: hash of all weights as the checkpoint holds them, names and shapes included.
     """
 
@@ -63,6 +66,7 @@ class VisionEncoder:
         filter: Filter = "lanczos",
         compute: ComputeType | None = None,
         batch_size: int = 16,
+        tiles: int = 1,
     ) -> None:
         """Load from a local checkpoint folder; ``name`` is what the user calls it, where that differs.
 
@@ -81,17 +85,17 @@ class VisionEncoder:
             raise UserError(f"{folder} is not a SmolVLM checkpoint (model type {raw.get('model_type')!r})")
         config = SmolVLMConfig.from_pretrained(folder)
         self.name = name or str(folder)
-        self.preprocessor = Preprocessor.read(folder, filter)
+        self.preprocessor = Preprocessor.read(folder, filter, tiles)
         if self.preprocessor.square != config.vision_config.image_size:
             raise UserError(
                 f"{folder} resizes to {self.preprocessor.square} pixels, but its tower takes "
                 f"{config.vision_config.image_size}; mend max_image_size in preprocessor_config.json"
             )
         self._patches = config.vision_config.image_size // config.vision_config.patch_size
-        side = self._patches // config.scale_factor
+        side = self._patches // config.scale_factor * tiles
         self.tokens, self.dim = side * side, config.text_config.hidden_size
         self.tokens_per_frame = self.tokens if tokens_per_frame is None else tokens_per_frame
-        self.pool = _pool_window(side, self.tokens_per_frame)
+        self.pool = pool_window(side, self.tokens_per_frame)
         self.device, self.batch_size = device, batch_size
         self.compute = choose_compute(device) if compute is None else _checked_compute(compute, device)
         self._type: torch.dtype = getattr(torch, self.compute)
@@ -107,7 +111,7 @@ class VisionEncoder:
         """Begin to encode a batch. A GPU goes on with it after this has returned; a CPU is done by then.
 
         Args:
-            frames: uint8 ``[n, S, S, 3]`` from `Preprocessor.resize`, n at most ``batch_size``. They may be
+            frames: uint8 ``[n, side, side, 3]`` from `Preprocessor.resize`, n at most ``batch_size``. They may be
                 overwritten once this has returned.
 
         Raises:
@@ -115,11 +119,12 @@ class VisionEncoder:
         """
         import torch
 
-        side = self.preprocessor.square
+        side = self.preprocessor.side
         if len(frames) > self.batch_size or frames.shape[1:] != (side, side, 3) or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}")
         try:
-            return self._start_on_gpu(frames) if self._is_gpu else self._encode_on_cpu(frames)
+            pictures = cut(frames, self.preprocessor.tiles)
+            return self._start_on_gpu(pictures) if self._is_gpu else self._encode_on_cpu(pictures)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"{self.device} has not enough memory for {self.batch_size} frames at once; give a smaller --batch-size"
@@ -143,38 +148,51 @@ class VisionEncoder:
             features[first : first + len(batch)] = self.finish(self.start(batch))
         return features
 
-    def _start_on_gpu(self, frames: NDArray[np.uint8]) -> Pending:
+    def _start_on_gpu(self, pictures: NDArray[np.uint8]) -> Pending:
+        """Of `cut` frames."""
         import torch
 
         # Pinned memory is copied while this thread goes on; torch gives it out again only after the copy is done.
-        batch = torch.empty((self.batch_size, *frames.shape[1:]), dtype=torch.uint8, pin_memory=True)
+        frames, *one = pictures.shape
+        batch = torch.empty((self.batch_size, *one), dtype=torch.uint8, pin_memory=True)
         rows = batch.numpy()
-        rows[: len(frames)], rows[len(frames) :] = frames, 0
+        rows[:frames], rows[frames:] = pictures, 0
         # float32 means float32, not the patches in TF32; and one kernel, not whichever is found to be fastest
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), exact:
-            features = self._features(batch.to(self.device, non_blocking=True))
+            # the tower gets as many pictures at once however many tiles a frame has
+            there = batch.to(self.device, non_blocking=True).flatten(0, 2).split(self.batch_size)
+            features = self._whole(torch.cat([self._features(some) for some in there]))
             here = torch.empty(features.shape, dtype=torch.float32, pin_memory=True)
             here.copy_(features, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device))
-        return Pending(here, len(frames), copied)
+        return Pending(here, frames, copied)
 
-    def _encode_on_cpu(self, frames: NDArray[np.uint8]) -> Pending:
+    def _encode_on_cpu(self, pictures: NDArray[np.uint8]) -> Pending:
+        """Of `cut` frames."""
         import torch
 
-        features = torch.empty((len(frames), self.tokens_per_frame, self.dim))
+        frames, tiles = len(pictures), self.preprocessor.tiles
+        parts = torch.empty((frames, tiles, tiles, self.tokens // tiles**2, self.dim))
+        features = torch.empty((frames, self.tokens_per_frame, self.dim))
 
-        def encode(number: int) -> None:
+        def encode(place: tuple[int, ...]) -> None:
             with torch.inference_mode():  # which is each thread's own
-                features[number] = self._features(torch.tensor(frames[number])[None])[0]
+                parts[place] = self._features(torch.tensor(pictures[place])[None])[0]
 
         with _one_thread_an_operation():
-            list(self._threads.map(encode, range(len(frames))))  # raises what a thread raised
-        return Pending(features, len(frames), None)
+            list(self._threads.map(encode, np.ndindex(pictures.shape[:3])))  # raises what a thread raised
+            for number in range(frames):
+                features[number] = self._whole(parts[number].flatten(0, 1))[0]
+        return Pending(features, frames, None)
+
+    def _whole(self, parts: torch.Tensor) -> torch.Tensor:
+        """Features of the tiles of n frames to those of the frames, float32 ``[n, tokens_per_frame, dim]``."""
+        return pool_tokens(lay_out(parts, self.preprocessor.tiles), self.pool)
 
     def _features(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 ``[n, S, S, 3]`` to float32 ``[n, tokens_per_frame, dim]``, both on the device.
+        """uint8 ``[n, S, S, 3]`` to float32 ``[n, tokens, dim]``, both on the device; of a frame or a tile.
 
         The tower's parts are called one by one: as a whole it looks at a mask of patches, for which a GPU's host
         would have to wait. No patch is masked here.
@@ -188,8 +206,8 @@ class VisionEncoder:
         )
         hidden = self._tower.embeddings(pixel_values=pixels, patch_attention_mask=every_patch)
         hidden = self._tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
-        features = self._connector(self._tower.post_layernorm(hidden))
-        return pool_tokens(features.to(torch.float32), self.pool)
+        features: torch.Tensor = self._connector(self._tower.post_layernorm(hidden))
+        return features.to(torch.float32)
 
 
 def choose_compute(device: str) -> ComputeType:
@@ -230,24 +248,6 @@ def _one_thread_an_operation() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def pool_tokens(features: torch.Tensor, window: int) -> torch.Tensor:
-    """Average ``window x window`` neighbours of the square token grid: ``[N, s*s, d]`` to ``[N, (s/w)**2, d]``."""
-    count, tokens, dim = features.shape
-    side = math.isqrt(tokens)
-    grid = features.view(count, side // window, window, side // window, window, dim)
-    return grid.mean(dim=(2, 4)).reshape(count, -1, dim)
-
-
-def _pool_window(side: int, tokens_per_frame: int) -> int:
-    allowed = [(side // window) ** 2 for window in range(1, side + 1) if side % window == 0]
-    if tokens_per_frame not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise UserError(
-            f"--tokens-per-frame {tokens_per_frame} does not fit the {side}x{side} grid; use {names}"
-        )
-    return side // math.isqrt(tokens_per_frame)
 
 
 def _load(folder: Path, config: Any) -> tuple[Any, Any, str]:

@@ -6,25 +6,30 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from schemas.errors import UserError
 from schemas.states import SourceRow, Step
 
 Split = Literal["train", "val", "test"]
-DialogOrigin = Literal["human", "generated", "template"]
+DialogOrigin = Literal["human", "generated", "template", "none"]  # none: an image whose objects are counted
+
+Marks = Literal["none", "drawn"]
+"""How the marks of a picture are shown: ``drawn`` on it, a tick for each, or not at all."""
 
 
 @dataclass(frozen=True)
 class Video:
     """One video: a file, or several that are one after the other. Cameras of one recording share ``recording_id``,
-    and with it their split."""
+    and with it their split. An image is a video of one tick; with ``marks``, pixels ``(x, y)`` of its objects in the
+    order of marking, tick k is the image with the first k of them drawn."""
 
     video_id: str
     recording_id: str
     uri: str  # a path, or `joined_uri` of several
     rotation_deg: int = 0  # counter-clockwise, what makes the picture upright
     duration_s: float | None = None  # None where neither the file is at hand nor the annotations say
+    marks: tuple[tuple[float, float], ...] | None = None
 
 
 _JOINED = "concat:"
@@ -86,6 +91,27 @@ class Session:
     quality: float | None = None
     mistakes: tuple[tuple[float, float], ...] | None = None
     mistake_rows: tuple[SourceRow, ...] = ()
+
+
+class Point(NamedTuple):
+    """One object of a picture: where it is, in pixels of the file, and where that was read."""
+
+    x: float
+    y: float
+    source_row: SourceRow
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture whose objects, all of one category, are counted; ``points`` are in any order."""
+
+    picture_id: str
+    path: Path
+    width: int
+    height: int
+    split: Split
+    category: str
+    points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from schemas.errors import UserError
 from schemas.files import write_text
@@ -53,10 +60,20 @@ class Fingerprint(BaseModel):
     compute: ComputeType = "float32"  # what the tower computed in
     tick_hz: float = Field(gt=0, allow_inf_nan=False)
     tokens_per_frame: int
+    tiles: int = Field(default=1, ge=1)  # each way, that a frame was cut into; each went through the tower
     dim: int
     dtype: FeatureType = "float16"
     storage: Storage = "tar"
     chunk_ticks: int = CHUNK_TICKS
+
+    @model_serializer(mode="wrap")
+    def _as_before_tiles(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later is left away where it is not used, so that all that is told by a hash of the settings, or
+        by the bytes of ``cache.json``, is told as before."""
+        settings: dict[str, Any] = dump(self)
+        if self.tiles == 1:
+            settings.pop("tiles", None)
+        return settings
 
     def text(self) -> str:
         """As ``cache.json`` holds it."""
@@ -106,11 +123,10 @@ class Fingerprint(BaseModel):
         Raises:
             UserError: naming each setting that differs, with both values.
         """
-        mine, theirs = (each.model_dump(exclude={"model"}) for each in (self, other))
         differing = [
-            f"{_OPTION.get(key, key)}: {theirs[key]} there, {mine[key]} now"
-            for key in mine
-            if mine[key] != theirs[key]
+            f"{_OPTION.get(name, name)}: {getattr(other, name)} there, {getattr(self, name)} now"
+            for name in type(self).model_fields
+            if name != "model" and getattr(self, name) != getattr(other, name)
         ]
         if differing:
             raise UserError(

@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 
 from schemas.errors import UserError
 from schemas.files import replacing_folder
+from schemas.points import check_points
 from schemas.shards import is_safe_key
 
 _string = pa.string()
 _int8s = pa.list_(pa.field("item", pa.int8(), nullable=False))
+_doubles = pa.list_(pa.field("item", pa.float64(), nullable=False))
 
 
 def _schema(**columns: Any) -> pa.Schema:
@@ -40,6 +42,7 @@ TABLES: dict[str, pa.Schema] = {
         rotation_deg=pa.int16(),
         duration_s_or_null=pa.float64(),
         last_tick_needed=pa.int32(),
+        marks_or_null=pa.list_(pa.field("item", _doubles, nullable=False)),
     ),
     "sessions": _schema(
         session_id=_string,
@@ -87,6 +90,15 @@ TABLES: dict[str, pa.Schema] = {
         dst_state=_int8s,
         transitions=_int8s,
         mistake_or_null=pa.bool_(),
+    ),
+    "points": _schema(
+        session_id=_string,
+        point=pa.int32(),
+        x=pa.float64(),
+        y=pa.float64(),
+        x_px=pa.float64(),
+        y_px=pa.float64(),
+        source_row=_string,
     ),
     "rejects": _schema(source_file=_string, locator=_string, reason=_string, detail=_string),
 }
@@ -164,12 +176,14 @@ class LabelWriter:
         recording_ids: Sequence[str],
         rows: Mapping[str, pa.Table],
     ) -> None:
-        """Add whole sessions: their rows, and all their rows of ``steps``, ``turns`` and ``frames``, in their order."""
+        """Add whole sessions: their rows, and all their rows of ``steps``, ``turns``, ``frames`` and ``points``, in
+        their order; a kind that they have none of may be left away."""
         for session, recording_id in zip(sessions, recording_ids, strict=True):
             self._claim(session["session_id"], session["split"], recording_id)
         self._append("sessions", table_of("sessions", sessions))
-        for name in ("steps", "turns", "frames"):
-            self._append(name, rows[name])
+        for name in ("steps", "turns", "frames", "points"):
+            if name in rows:
+                self._append(name, rows[name])
 
     def _claim(self, session_id: str, split: str, recording_id: str) -> None:
         if session_id in self._sessions:
@@ -289,6 +303,9 @@ def validate_labels(folder: Path) -> list[str]:
     for session_id, session in sessions.items():
         if num_frames[session_id] != session["num_ticks"]:
             problems.append(f"session {session_id} has {num_frames[session_id]} frames rows, not num_ticks")
+    with open_table(folder, "points") as path, pq.ParquetFile(path) as file:
+        points = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        problems.extend(check_points(points, sessions, videos))
     return problems
 
 

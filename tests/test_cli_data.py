@@ -40,7 +40,8 @@ def test_sources_tells_what_is_there_and_what_is_missing(data: Path) -> None:
     result = run("sources", "--data", data)
     assert result.exit_code == 0
     blocks = {block.split(":")[0]: block.splitlines() for block in result.stdout.strip().split("\n\n")}
-    assert list(blocks) == ["assembly101", "ego4d", "egoexolearn", "epickitchens", "holoassist", "wtag"]
+    known = ["assembly101", "ego4d", "egoexolearn", "epickitchens", "fsc147", "holoassist", "wtag"]
+    assert list(blocks) == known
     lines = {(name, line.split()[0]): line.split() for name, block in blocks.items() for line in block[2:]}
     assert lines["assembly101", "mistakes"][1:5] == ["missing", "0", "of", "328"]
     train = ["incomplete", "1", "of", "1", "(3", "of", "67,218", "rows)"]

@@ -1,4 +1,4 @@
-"""Writes the toy world as any of the corpora: annotations in the official layout, and their videos."""
+"""Writes a synthetic corpus in any official layout: annotations, and videos of the toy world or pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from schemas.errors import UserError
 
 
 class Layout(Protocol):
-    """What a module of `pipeline.sample` named after a corpus offers."""
+    """What a module of `pipeline.sample` named after a corpus of videos offers."""
 
     MOST_EPISODES: int
     """Sessions a recording may hold, 1 or 2."""
@@ -25,13 +25,29 @@ class Layout(Protocol):
         """Write all files but the videos, and say which these are."""
 
 
+class PictureLayout(Protocol):
+    """What one named after a corpus of pictures offers."""
+
+    LEAST_SESSIONS: int
+
+    def write_pictures(
+        self,
+        out: Path,
+        sessions: int,
+        seed: int,
+        on_plan: Callable[[int], None],
+        on_file: Callable[[], None],
+    ) -> None:
+        """Write all files; see `write_sample`."""
+
+
 def write_sample(
     source: str,
     out: Path,
     sessions: int,
     seed: int,
-    on_plan: Callable[[int], None] = lambda videos: None,
-    on_video: Callable[[], None] = lambda: None,
+    on_plan: Callable[[int], None] = lambda files: None,
+    on_file: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a corpus of that many sessions; the same arguments give the same bytes.
 
@@ -40,8 +56,8 @@ def write_sample(
         out: a new or empty folder.
         sessions: enough that each split has some.
         seed: decides everything that is random.
-        on_plan: called once with the number of videos.
-        on_video: called after each video, for a progress bar.
+        on_plan: called once with the number of videos or pictures.
+        on_file: called after each, for a progress bar.
 
     Raises:
         UserError: there is no synthetic corpus of that name, the folder holds something, or too few sessions.
@@ -49,13 +65,16 @@ def write_sample(
     name = f"pipeline.sample.{source}"
     if importlib.util.find_spec(name) is None:
         raise UserError(f"there is no synthetic {source}")
-    layout = cast(Layout, importlib.import_module(name))
+    layout = cast(Layout | PictureLayout, importlib.import_module(name))
     if sessions < layout.LEAST_SESSIONS:
         raise UserError(
             f"--sessions {sessions} is too few for all splits of {source}; give at least {layout.LEAST_SESSIONS}"
         )
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder with --out, or remove it first")
+    if hasattr(layout, "write_pictures"):
+        layout.write_pictures(out, sessions, seed, on_plan, on_file)
+        return
     clips = layout.write_annotations(out, make_recordings(sessions, seed, layout.MOST_EPISODES))
     on_plan(len(clips))
-    write_videos(clips, on_video)
+    write_videos(clips, on_file)

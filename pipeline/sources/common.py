@@ -17,7 +17,7 @@ from pipeline.dialogs import Dialog, DialogIndex
 from pipeline.jsonfile import parse
 from pipeline.template import session_range, template_dialog
 from schemas.errors import UserError
-from schemas.records import DialogOrigin, Rejects, Session, Split, Turn, Video, joined_uri
+from schemas.records import DialogOrigin, Picture, Rejects, Session, Split, Turn, Video, joined_uri
 from schemas.states import SourceRow, Step
 
 HASHED = "sessions of recordings without an official split, placed by a hash of the recording's id"
@@ -54,7 +54,8 @@ class Corpus(Protocol):
     """What a module of `pipeline.sources` offers: its files cut into units, each of which a worker reads alone."""
 
     LEVELS: tuple[str, ...]
-    """What a step can be: ``step``, and ``substep`` where the corpus is annotated twice."""
+    """What a step can be: ``step``, and ``substep`` where the corpus is annotated twice. A corpus of pictures, whose
+    objects are counted, has none, and with it no views and no dialogues."""
 
     def units(
         self, root: Path, level: str, view: str | None, spoken: Collection[str], rejects: Rejects
@@ -63,7 +64,7 @@ class Corpus(Protocol):
 
         Args:
             root: the corpus' folder.
-            level: one of ``LEVELS``.
+            level: one of ``LEVELS``, where there are any.
             view: a camera, None where the user has not chosen one.
             spoken: each ``video_uid`` that has dialogues; those with a video and without annotations are units too.
             rejects: takes what belongs to no unit.
@@ -72,8 +73,8 @@ class Corpus(Protocol):
             UserError: no annotations there, or one of them cannot be read.
         """
 
-    def read(self, unit: Any, rejects: Rejects) -> Iterator[Annotated]:
-        """What one unit holds. Each row of its files is in a step, a turn, a mistake, or among the rejects."""
+    def read(self, unit: Any, rejects: Rejects) -> Iterator[Annotated | Picture]:
+        """What one unit holds. Each row of its files is in a step, a turn, a mistake, a point, or among the rejects."""
 
 
 def safe_id(*parts: str) -> str:
