@@ -1,12 +1,16 @@
-"""Which objective, loss, adapter and way to speak learns best on the synthetic corpus: mean and spread over seeds.
+"""Which objective, loss, adapter and way to speak learns best on the synthetic corpora: mean and spread over seeds.
 
     dst sample && dst prepare && dst init-model && dst cache-features --model models/tiny --device cpu
     python benchmarks/learning.py --shards out/shards --model models/tiny --out out/learning
 
-Each variant changes a few settings of the recipe `tiny`, is trained with each seed, and scored free-running on the test
-part. Objectives get the same processor time: the seconds a step of each takes are measured first, in turn, and kept in
-`steps.json`. A run that is there is not made again, so it may be stopped at any time. Prints a Markdown table; all
-figures are in OUT/results.jsonl.
+    dst sample --source fsc147 --sessions 4000 && dst prepare --source fsc147 && dst init-model --preset tiny-grid
+    dst cache-features --model models/tiny-grid --device cpu
+    python benchmarks/learning.py --family counting --shards out/shards --model models/tiny-grid --out out/learning
+
+Each variant changes a few settings of the recipe `tiny` or `counting`, is trained with each seed, and scored
+free-running on the test part. Objectives get the same processor time: the seconds a step of each takes are measured
+first, in turn, and kept in `steps.json`. A run that is there is not made again, so it may be stopped at any time.
+Prints a Markdown table; all figures are in OUT/results.jsonl.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "proassist": [],
 }
 OBJECTIVES = ["joint", "uncertainty", "pcgrad", "independent, alternating", "independent, shared forward"]
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "speak F1": ("speaking", "f1"),
     "speak F1 2 s": ("speaking", "event_f1", "2"),
     "update F1": ("dst_update", "f1"),
@@ -65,11 +69,36 @@ COLUMNS = {
 }
 
 
+JOINT = ["train.objective=joint", "train.lr=2e-3"]  # one step of the trunk a round, not two
+COUNTING_VARIANTS: dict[str, list[str]] = {
+    "joint": JOINT,
+    "independent": [],
+    "independent, shared forward": ["train.strategy=shared_forward"],
+    # the same objective, and as many steps
+    "joint, done x100": [*JOINT, "tasks.done.weight=100"],
+    "independent, done x100": ["tasks.done.weight=100"],
+    "joint, coord x100": [*JOINT, "tasks.coord.weight=100"],
+    "independent, coord x100": ["tasks.coord.weight=100"],
+    "blind": [*JOINT, "data.blind=true"],
+}
+COUNTING_OBJECTIVES = ["joint", "independent", "independent, shared forward"]
+COUNTING_COLUMNS: dict[str, tuple[str, ...]] = {
+    "count MAE": ("up_to_20", "count", "mae"),
+    "mean's": ("baselines", "training_mean", "up_to_20", "count", "mae"),
+    "next point": ("up_to_20", "coord", "median_error"),
+    "done too early": ("up_to_20", "done", "false_positive"),
+    "done at the end": ("up_to_20", "done", "recall"),
+    "marks F1": ("up_to_20", "marks", "f1"),
+    "count MAE, 0-60": ("count", "mae"),
+}
+
+
 def run_one(
     arguments: argparse.Namespace, name: str, changes: list[str], seed: int, steps: int, out: Path
 ) -> None:
     """Train and score one run in a process of its own, on one core."""
-    recipe = "proassist" if name == "proassist" else "tiny"
+    packaged = {"proassist": "proassist"}.get(name, "tiny")
+    recipe = "counting" if arguments.family == "counting" else packaged
     settings = [f"train.steps={steps}", f"train.eval_every={steps}", f"train.seed={seed}"]
     settings += [f"model.init={arguments.model}", *changes]
     command = [sys.executable, __file__, "--one", str(out), "--recipe", recipe, "--shards", arguments.shards]
@@ -84,8 +113,9 @@ def one(arguments: argparse.Namespace) -> None:
     import resource
 
     from schemas.files import write_text
+    from training.counting.evaluate import evaluate as evaluate_counter
     from training.evaluate import evaluate
-    from training.recipe import load_recipe
+    from training.recipe import any_recipe
     from training.trainer import train
 
     def spent() -> float:
@@ -93,12 +123,13 @@ def one(arguments: argparse.Namespace) -> None:
         return used.ru_utime + used.ru_stime
 
     out, marks = Path(arguments.one), []
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = any_recipe(arguments.recipe, arguments.set)
     train(arguments.shards, recipe, out, device="cpu", resume=True, on_step=lambda row: marks.append(spent()))
     pace = (marks[-2] - marks[0]) / (len(marks) - 2) if len(marks) > 2 else None  # the last one validates
     found: dict[str, Any] = {"seconds_a_step": pace, "steps": recipe.train.steps}
     if arguments.score:
-        found |= evaluate(out, None)[0]
+        score = evaluate_counter if arguments.recipe == "counting" else evaluate
+        found |= score(out, None)[0]
     write_text(out / "result.json", json.dumps(found) + "\n")
 
 
@@ -106,14 +137,15 @@ def steps_of_objectives(arguments: argparse.Namespace) -> dict[str, int]:
     """So many steps of each objective take the processor time that ``--steps`` of joint do."""
     path = arguments.out / "steps.json"
     if not path.exists():
-        paces: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+        objectives = COUNTING_OBJECTIVES if arguments.family == "counting" else OBJECTIVES
+        paces: dict[str, list[float]] = {name: [] for name in objectives}
         for turn in range(3):
-            for name in OBJECTIVES:
+            for name in objectives:
                 out = arguments.out / "pace" / f"{turn}-{name}"
-                run_one(arguments, name, VARIANTS[name], 0, 14, out)
+                run_one(arguments, name, arguments.variants[name], 0, 14, out)
                 paces[name].append(json.loads((out / "result.json").read_text())["seconds_a_step"])
         pace = {name: statistics.median(times) for name, times in paces.items()}
-        steps = {name: round(arguments.steps * pace["joint"] / pace[name]) for name in OBJECTIVES}
+        steps = {name: round(arguments.steps * pace["joint"] / pace[name]) for name in objectives}
         path.write_text(json.dumps({"seconds_a_step": pace, "steps": steps}, indent=1) + "\n")
     found: dict[str, int] = json.loads(path.read_text())["steps"]
     return found
@@ -125,11 +157,11 @@ def value(metrics: dict[str, Any], keys: tuple[str, ...]) -> float:
     return float(metrics)  # type: ignore[arg-type]
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| | steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+def table(results: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, ...]]) -> str:
+    lines = ["| | steps | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in results.items():
         cells = []
-        for keys in COLUMNS.values():
+        for keys in columns.values():
             values = [value(run, keys) for run in runs]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
@@ -139,6 +171,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--family", choices=("dst", "counting"), default="dst")
     parser.add_argument("--shards", default="out/shards")
     parser.add_argument("--model", default="models/tiny")
     parser.add_argument("--out", type=Path, default=Path("out/learning"))
@@ -151,6 +184,7 @@ def main() -> None:
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.variants = COUNTING_VARIANTS if arguments.family == "counting" else VARIANTS
     arguments.score = arguments.one is not None and "/pace/" not in arguments.one
     if arguments.one:
         one(arguments)
@@ -158,7 +192,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     steps = steps_of_objectives(arguments)
     # by seeds first, so that a study that is stopped has compared all variants on some
-    todo = [(name, seed) for seed in range(arguments.seeds) for name in VARIANTS]
+    todo = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
     places = {
         (name, seed): arguments.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
         for name, seed in todo
@@ -166,20 +200,22 @@ def main() -> None:
 
     def make(name: str, seed: int) -> None:
         if not (places[name, seed] / "result.json").exists():
-            changes = VARIANTS[name]
-            run_one(arguments, name, changes, seed, steps.get(name, arguments.steps), places[name, seed])
+            changes = arguments.variants[name]
+            objective = name.removesuffix(", done x100").removesuffix(", coord x100")
+            made = steps.get("joint" if name == "blind" else objective, arguments.steps)
+            run_one(arguments, name, changes, seed, made, places[name, seed])
 
     with ThreadPoolExecutor(arguments.at_once) as pool:
         for made in [pool.submit(make, *each) for each in todo]:
             made.result()
     results: dict[str, list[dict[str, Any]]] = {}
     with (arguments.out / "results.jsonl").open("w", encoding="utf-8") as file:
-        for name in VARIANTS:
+        for name in arguments.variants:
             for seed in range(arguments.seeds):
                 found = json.loads((places[name, seed] / "result.json").read_text())
                 results.setdefault(name, []).append(found)
                 file.write(json.dumps({"variant": name, "seed": seed, **found}) + "\n")
-    print(table(results))
+    print(table(results, COUNTING_COLUMNS if arguments.family == "counting" else COLUMNS))
 
 
 if __name__ == "__main__":

@@ -53,12 +53,13 @@ from schemas.clock import Clock
 from training import objective
 from training.batch import Batch, collate
 from training.data import SessionData, load_sessions, make_example
+from training.dialog import build
 from training.model import DSTSmolVLM
 from training.optim import make_optimizer
 from training.recipe import Recipe, load_recipe
 from training.sampler import TrainingSteps
 from training.tasks import count_labels, task_losses
-from training.trainer import build, train
+from training.trainer import train
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -79,3 +79,21 @@ def short_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for config in out.glob("checkpoints/*/config.json"):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"speaking_threshold": 0.95}))
     return out
+
+
+@pytest.fixture(scope="session")
+def counting_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The feature cache of a few small pictures to count in. Read it, do not change it."""
+    from tiny_count import counting_cache, write_pictures
+
+    folder = tmp_path_factory.mktemp("counting")
+    return counting_cache(write_pictures(folder / "pictures"), tiny_model, folder)
+
+
+@pytest.fixture(scope="session")
+def drawn_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with their marks drawn in. Read it, do not change it."""
+    from tiny_count import counting_cache, write_pictures
+
+    folder = tmp_path_factory.mktemp("drawn")
+    return counting_cache(write_pictures(folder / "pictures"), tiny_model, folder, marks="drawn")

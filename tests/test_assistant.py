@@ -23,13 +23,13 @@ from training import speech
 from training.assistant import Assistant, Event, encoder_of
 from training.batch import collate
 from training.data import SessionData, load_sessions, make_example
+from training.dialog import build
 from training.gate import Decisions, Thresholds
 from training.live import LiveWindows
 from training.model import DSTSmolVLM
 from training.recipe import load_recipe
 from training.rollout import decide, run_free
 from training.sequence import SequenceBuilder, Words
-from training.trainer import build
 
 Built = tuple[DSTSmolVLM, SequenceBuilder]
 CHANGES = {

@@ -17,11 +17,11 @@ from transformers.integrations import flex_attention as integration
 from pipeline.shards import ShardCache
 from training.batch import Batch, Example, collate
 from training.data import load_sessions, make_example
+from training.dialog import build
 from training.losses import IGNORE
 from training.model import HEADS, DSTSmolVLM
 from training.recipe import load_recipe
 from training.sequence import SequenceBuilder
-from training.trainer import build
 
 PACKED = [[2, 0], [1]]
 """How the examples lie in rows: together and alone, out of order, with padding."""

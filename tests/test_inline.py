@@ -15,6 +15,7 @@ from pipeline.shards import ShardCache
 from training import rollout, speech, validation
 from training.batch import collate
 from training.data import SessionData, load_sessions, make_example, true_trace
+from training.dialog import build
 from training.gate import Decisions, Thresholds, teacher_trace
 from training.live import LiveWindows, Observation
 from training.metrics import score
@@ -23,7 +24,6 @@ from training.recipe import load_recipe
 from training.rollout import decide, decide_teacher, run_free
 from training.sequence import SequenceBuilder, Words
 from training.traces import Trace
-from training.trainer import build
 
 Built = tuple[DSTSmolVLM, SequenceBuilder]
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.batch import collate
+from training.family import summed
 from training.losses import IGNORE, LossName, label_counts, loss_parts
 from training.recipe import Tasks
-from training.tasks import count_labels, summed, task_losses
+from training.tasks import count_labels, task_losses
 
 # Two classes with probabilities 3/4 and 1/4, and the other way round.
 LIKELY = [math.log(3.0), 0.0]

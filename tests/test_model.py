@@ -19,12 +19,12 @@ from pipeline.shards import ShardCache
 from training import speech
 from training.batch import Batch, Example, collate
 from training.data import SessionData, load_sessions, make_example, window_starts
+from training.dialog import build
 from training.gate import Thresholds
 from training.model import DSTSmolVLM, load_trained
 from training.recipe import load_recipe
 from training.rollout import _fitting, decide_teacher, run_free
 from training.sequence import SequenceBuilder, Words
-from training.trainer import build
 from training.validation import validate
 
 DECISIONS = ("speaking", "dst_update", "dst_state")

@@ -25,11 +25,13 @@ import training.validation
 from pipeline.shards import ShardCache
 from training.batch import Batch
 from training.data import load_sessions
+from training.dialog import build
+from training.family import summed
 from training.losses import IGNORE
 from training.recipe import Recipe
 from training.sampler import TrainingSteps
-from training.tasks import count_labels, summed
-from training.trainer import build, train
+from training.tasks import count_labels
+from training.trainer import train
 
 STILL = ("train.lr=1e-9", "train.head_lr=1e-9", "train.clip_norm=1e9")
 """Steps so small that a task finds the parameters as the task before it did."""

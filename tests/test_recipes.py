@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 import training.recipes
 from schemas.errors import UserError
-from training.recipe import Recipe, load_recipe
+from training.counting.recipe import CountingRecipe
+from training.recipe import Recipe, any_recipe, load_recipe
 
 FOLDER = Path(training.recipes.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -29,14 +30,14 @@ def values(settings: object, path: str = "") -> dict[str, object]:
 
 
 def test_they_are_there() -> None:
-    assert {"tiny", "independent", "smolvlm2-500m-24gb", "smolvlm2-2.2b-lora"} <= set(NAMES)
+    assert {"tiny", "independent", "smolvlm2-500m-24gb", "smolvlm2-2.2b-lora", "counting"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_holds_and_says_what_it_sets(name: str) -> None:
     """Each value of the file arrives in the recipe: none is of another key's, or lost."""
     told = values(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
-    loaded = values(load_recipe(name, []).model_dump(mode="json"))
+    loaded = values(any_recipe(name, []).model_dump(mode="json"))
     assert told
     for key, value in told.items():
         assert loaded[key] == value, key
@@ -74,16 +75,21 @@ def numbers(settings: type[BaseModel], path: str = "") -> list[str]:
 
 
 NUMBERS = numbers(Recipe)
+OF_COUNTING = numbers(CountingRecipe)
 
 
-@pytest.mark.parametrize("setting", NUMBERS)
-def test_a_number_is_finite_and_no_switch(setting: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [(None, name) for name in NUMBERS] + [("counting", name) for name in OF_COUNTING],
+)
+def test_a_number_is_finite_and_no_switch(recipe: str | None, setting: str) -> None:
     for value in ("1e400", "-1e400", ".inf", ".nan", "true", "false", "yes"):
         with pytest.raises(UserError, match=re.escape(f"{setting}: ")):
-            load_recipe(None, [f"{setting}={value}"])
+            any_recipe(recipe, [f"{setting}={value}"])
 
 
 def test_there_are_numbers_of_each_section() -> None:
+    assert {"data.batch_images", "data.max_marks", "tasks.coord.weight", "train.lr"} <= set(OF_COUNTING)
     some = {"model.visual_tokens", "model.lora.dropout", "data.state_noise", "data.rows_at_once", "train.lr"}
     assert some | {"tasks.dst_state.optimizer.weight_decay", "tasks.speaking.patience"} <= set(NUMBERS)
 
@@ -110,6 +116,22 @@ def test_alpha_says_how_many() -> None:
             load_recipe(None, [f"tasks.{task}.loss=focal", f"tasks.{task}.alpha=1"])
     with pytest.raises(UserError, match="words are no classes"):
         load_recipe(None, ["tasks.response.loss=focal", "tasks.response.alpha=[1, 2]"])
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", "[1]", "[0.5, 0.5]", "[0.5, 0.25, 0.3]", "[1.5, -0.5, 0]", "[true, 0, 0]"]
+)
+def test_shares_are_three_that_add_up_to_one(value: str) -> None:
+    recipe = any_recipe("counting", ["tasks.done.shares=[0.2, 0.3, 0.5]"])
+    assert recipe.tasks.done.shares == (0.2, 0.3, 0.5)
+    with pytest.raises(UserError, match=r"tasks\.done\.shares"):
+        any_recipe("counting", [f"tasks.done.shares={value}"])
+
+
+def test_the_recipe_of_one_family_is_not_the_others() -> None:
+    with pytest.raises(UserError, match="counting is for counting"):
+        load_recipe("counting", [])
+    assert any_recipe("tiny", []) == load_recipe("tiny", [])
 
 
 def test_an_unknown_recipe_names_those_there_are() -> None:

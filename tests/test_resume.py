@@ -32,8 +32,8 @@ from tiny_run import (
 )
 from typer.testing import CliRunner
 
+import training.dialog
 import training.loop
-import training.trainer
 from cli import app
 from pipeline.locks import folder_lock
 from pipeline.shards import ShardCache
@@ -388,11 +388,12 @@ def test_resume_with_another_recipe_or_other_data_is_refused(
     before = left_by(stopped)
     with pytest.raises(UserError, match="is of another model than the recipe's"):
         train(shards, small(*LORA), stopped, device="cpu", resume=True)
-    real = training.trainer.load_sessions
+    real = training.dialog.load_sessions
     for changed in ("train", "val"):
 
-        def one_less(cache: ShardCache, split: str, blind: bool, changed: str = changed) -> list[SessionData]:
-            return real(cache, split, blind)[split == changed :]
+        def one_more(cache: ShardCache, split: str, blind: bool, changed: str = changed) -> list[SessionData]:
+            found = real(cache, split, blind)
+            return [*found, found[0]] if split == changed else found
 
         def another_label(
             cache: ShardCache, split: str, blind: bool, changed: str = changed
@@ -401,8 +402,8 @@ def test_resume_with_another_recipe_or_other_data_is_refused(
             truth = replace(first.truth, speak=~first.truth.speak) if split == changed else first.truth
             return [replace(first, truth=truth), *rest]
 
-        for other in (one_less, another_label):
-            monkeypatch.setattr(training.trainer, "load_sessions", other)
+        for other in (one_more, another_label):
+            monkeypatch.setattr(training.dialog, "load_sessions", other)
             with pytest.raises(UserError, match="are not those that"):
                 train(shards, small(), stopped, device="cpu", resume=True)
     assert left_by(stopped) == before

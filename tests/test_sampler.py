@@ -20,8 +20,9 @@ from training.data import SessionData, load_sessions
 from training.losses import IGNORE
 from training.model import DSTSmolVLMConfig
 from training.recipe import Recipe, load_recipe
-from training.sampler import Position, Step, TrainingSteps, subsampled, training_loader, with_noise
+from training.sampler import TrainingSteps, subsampled, with_noise
 from training.sequence import SequenceBuilder
+from training.steps import Position, Step, training_loader
 
 SMALL = ["data.window_ticks=24", "data.batch_rows=3", "data.max_seq_len=400", "data.state_noise=0.1"]
 END_OF_TURN = ["data.speech=inline", "data.speak_by=end_of_turn", "tasks.speaking.weight=0"]
@@ -212,7 +213,7 @@ def test_worker_processes_change_nothing(sessions: list[SessionData], folder: Pa
     wanted = 5  # over the end of the epoch, and more than two a worker
     alone = list(islice(steps_of(sessions, folder, [], start), wanted))
     assert alone[-1].after == Position(1, 2)
-    loader = training_loader(steps_of(sessions, folder, ["data.workers=2"], start))
+    loader = training_loader(steps_of(sessions, folder, [], start), workers=2)
     together = list(islice(loader, wanted))
     assert len(together) == wanted
     assert all(map(is_same, together, alone))

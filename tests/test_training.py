@@ -23,13 +23,14 @@ from pipeline.shards import ShardCache
 from schemas.config import load_config
 from schemas.errors import UserError
 from training.data import load_sessions, window_starts
+from training.dialog import build
 from training.evaluate import evaluate, table_rows
 from training.model import HEADS, load_trained
 from training.optim import learning_rate_factor
 from training.recipe import Recipe, Tasks, load_recipe
 from training.runlog import RunLog
 from training.sampler import TrainingSteps, with_noise
-from training.trainer import build, train
+from training.trainer import train
 
 
 def few(*changes: str) -> Recipe:

@@ -14,9 +14,10 @@ from torch import nn
 from pipeline.shards import ShardCache
 from schemas.errors import UserError
 from training.checkpoint import save_model
+from training.dialog import build
 from training.model import HEADS, DSTSmolVLM, load_trained
 from training.recipe import load_recipe
-from training.trainer import build, train
+from training.trainer import train
 from training.tuning import choose_trained, merged_state
 
 LORA = ("model.tune=lora", "model.lora.rank=4", "model.lora.alpha=8")

@@ -27,10 +27,11 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     get_resize_output_image_size,
 )
 
+from pipeline.grid import pool_tokens
 from pipeline.preprocess import Preprocessor
 from pipeline.presets import init_model
 from pipeline.quantize import to_float16
-from pipeline.vision import VisionEncoder, choose_compute, pool_tokens
+from pipeline.vision import VisionEncoder, choose_compute
 from schemas.errors import UserError
 
 SIZES = [(128, 160), (160, 90), (64, 64), (37, 53), (53, 37), (240, 426), (128, 128), (9, 200), (200, 9)]

@@ -15,12 +15,15 @@ import torch
 from pipeline.shards import ShardCache
 from training.batch import Batch
 from training.data import load_sessions
+from training.dialog import build
+from training.family import Counts, summed
 from training.model import DSTSmolVLM
 from training.objectives import OBJECTIVES, Objective
 from training.recipe import Recipe, load_recipe
-from training.sampler import START, TrainingSteps
-from training.tasks import Counts, count_labels, summed
-from training.trainer import Stopped, _accelerator, build, train
+from training.sampler import TrainingSteps
+from training.steps import START
+from training.tasks import count_labels
+from training.trainer import Stopped, _accelerator, train
 
 SMALL = ("train.warmup_steps=2", "data.batch_rows=2", "data.window_ticks=16", "data.max_seq_len=200")
 

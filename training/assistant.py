@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from pipeline.decode import GRACE
 from pipeline.quantize import as_cached
@@ -118,7 +119,8 @@ class Assistant:
         else:
             folder = checkpoint_of(source, checkpoint or "best")
         model = load_trained(folder).to(device)
-        builder, encoder = SequenceBuilder.of(folder, model.config), encoder_of(folder, model, device)
+        builder = SequenceBuilder.of(folder, model.config)
+        encoder = encoder_of(folder, model, device, model.config.tiles)
         first_tick = Clock(model.config.tick_hz).tick_of(start_s)
         return cls(model, builder, task, encoder, first_tick=first_tick)
 
@@ -234,8 +236,8 @@ def _rounded(probability: np.floating) -> float:
     return round(float(probability), 4)
 
 
-def encoder_of(folder: Path, model: DSTSmolVLM, device: str) -> VisionEncoder:
-    """The vision tower a model was trained with: in its export, else where the cache had it from.
+def encoder_of(folder: Path, model: PreTrainedModel, device: str, tiles: int = 1) -> VisionEncoder:
+    """The vision tower a model of either family was trained with: in its export, else where the cache had it from.
 
     It computes in what it computed in for the cache, where the device does: on a CPU in float32, and on a GPU without
     bf16 in float16, which differ by rounding.
@@ -252,7 +254,11 @@ def encoder_of(folder: Path, model: DSTSmolVLM, device: str) -> VisionEncoder:
     kept, own = vision["compute"], choose_compute(device)
     compute = "float32" if device == "cpu" else own if kept == "bfloat16" else kept
     encoder = VisionEncoder(
-        source, device, model.config.cached_tokens, filter=vision["filter"], compute=compute, batch_size=1
+        *(source, device, model.config.cached_tokens),
+        filter=vision["filter"],
+        compute=compute,
+        batch_size=1,
+        tiles=tiles,
     )
     if encoder.sha256 != vision["sha256"]:
         raise UserError(

@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from schemas.checkpoints import checkpoint_folder
 from schemas.errors import UserError
 from schemas.files import replacing_folder
-from training.model import DSTSmolVLM
-from training.sequence import SequenceBuilder
 
 STATE = "trainer.pt"
 WEIGHTS = "*.safetensors"
@@ -64,13 +62,13 @@ def tower_of(vision: Mapping[str, str]) -> Path:
 
 
 def save_model(
-    model: DSTSmolVLM,
-    builder: SequenceBuilder,
+    model: Any,
+    tokenizer: Any,
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     state: dict[str, Any] | None = None,
 ) -> None:
-    """A checkpoint that `training.model.load_trained` reads, in place of the one that was there, or not at all.
+    """A checkpoint that `training.model.load_checkpoint` reads, in place of the one that was there, or not at all.
 
     Args:
         tensors: the model's, as `training.tuning.merged_state` gives them, put together where it lies in parts.
@@ -81,7 +79,7 @@ def save_model(
     """
     with _saving(folder) as temporary:
         model.save_pretrained(temporary, state_dict=dict(tensors))
-        builder.tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for weights in temporary.glob(WEIGHTS):  # which are written for their owner alone
             weights.chmod((temporary / "config.json").stat().st_mode)
         if state is not None:
@@ -89,7 +87,7 @@ def save_model(
 
 
 def save_again(
-    model: DSTSmolVLM,
+    model: torch.nn.Module,
     saved: Path,
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -138,7 +136,7 @@ def _link(file: Path, name: Path) -> None:
 
 
 def _write_state(
-    model: DSTSmolVLM, folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]
+    model: torch.nn.Module, folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]
 ) -> None:
     """What a run needs to go on; of the parameters that are trained, those that are not among the folder's weights."""
     there = {name for file in folder.glob(WEIGHTS) for name in safe_open(file, "pt").keys()}  # noqa: SIM118
@@ -158,7 +156,7 @@ def _system_error(error: BaseException | None) -> int | None:
     return int(told[1]) if told else _system_error(error.__cause__ or error.__context__)
 
 
-def load_state(model: DSTSmolVLM, folder: Path) -> dict[str, Any]:
+def load_state(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
     """Put what was trained back into a model that was built as at the start, and return the rest of the state.
 
     Raises:

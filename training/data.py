@@ -58,7 +58,7 @@ class SessionData:
 
 
 def load_sessions(cache: ShardCache, split: str, blind: bool = False) -> list[SessionData]:
-    """All sessions of a split, in order of id.
+    """All sessions of a split that have a dialog, in order of id; images to count in have none.
 
     Raises:
         UserError: the cache has none.
@@ -67,9 +67,15 @@ def load_sessions(cache: ShardCache, split: str, blind: bool = False) -> list[Se
     splits = set()
     for session_id in cache.session_ids:
         labels = cache.session(session_id)
+        if labels.points is not None:
+            continue
         splits.add(labels.meta["split"])
         if labels.meta["split"] == split:
             sessions.append(_session(cache, labels, blind))
+    if not splits:
+        raise UserError(
+            f"{cache.folder} holds nothing but images to count in; train on it with --recipe counting, or cache dialogs"
+        )
     if not sessions:
         raise UserError(
             f"{cache.folder} has no session of the split {split!r} (there are: {', '.join(sorted(splits))}); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,10 +110,10 @@ def evaluate(
 
 
 def _require_its_features(cache: ShardCache, config: Any) -> None:
-    """Refuse a cache whose features are not those the model was trained on.
+    """Refuse a cache whose features are not those the dialog model was trained on.
 
     Raises:
-        UserError: they are of another shape, another vision tower, or pictures that were resized otherwise.
+        UserError: they are of another shape, or as `require_its_tower`.
     """
     cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tick_hz)
     if cached != (config.cached_tokens, config.text_config.hidden_size, config.tick_hz):
@@ -121,6 +121,20 @@ def _require_its_features(cache: ShardCache, config: Any) -> None:
             f"{cache.folder} holds {cached[0]} tokens of width {cached[1]} at {cached[2]} Hz, the model was trained on "
             f"{config.cached_tokens} of {config.text_config.hidden_size} at {config.tick_hz} Hz; give its cache"
         )
+    if cache.fingerprint.tiles != config.tiles:
+        raise UserError(
+            f"{cache.folder} was made with --tiles {cache.fingerprint.tiles}, the model was trained on {config.tiles}; "
+            "give its cache"
+        )
+    require_its_tower(cache, config)
+
+
+def require_its_tower(cache: ShardCache, config: Any) -> None:
+    """Refuse a cache that was not made as the one that a model of either family was trained on.
+
+    Raises:
+        UserError: it was made with another vision tower, or of pictures that were resized otherwise.
+    """
     made = {"sha256": cache.fingerprint.vision_sha256, "filter": cache.fingerprint.preprocessing["filter"]}
     other = [name for name, value in made.items() if config.vision and config.vision[name] != value]
     if other:
@@ -186,14 +200,16 @@ TABLE = {
 """The columns of the table a user sees first."""
 
 
-def table_rows(metrics: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
-    """Its rows: the model, its blind control where there is one, the baselines; None for what has no words."""
+def table_rows(
+    metrics: dict[str, Any], columns: Mapping[str, tuple[str, str]] = TABLE
+) -> list[tuple[str, list[float | None]]]:
+    """Its rows: the model, its blind control where there is one, the baselines; None for what has no such score."""
     named = {
         "model": metrics,
         **({"blind": metrics["blind"]} if "blind" in metrics else {}),
         **metrics["baselines"],
     }
     return [
-        (name, [scores.get(group, {}).get(key) for group, key in TABLE.values()])
+        (name, [scores.get(group, {}).get(key) for group, key in columns.values()])
         for name, scores in named.items()
     ]

@@ -17,18 +17,15 @@ from schemas.errors import UserError
 from schemas.files import write_text
 from training.checkpoint import save_again, save_model
 from training.curves import curves_picture
-from training.data import SessionData
+from training.family import Counts, Family, summed
 from training.objective import Objective
-from training.recipe import Recipe
+from training.recipe import AnyRecipe
 from training.runlog import Row, RunLog
-from training.sampler import Position, Step, TrainingSteps, training_loader
-from training.selection import COMBINED, Selection
-from training.sequence import SequenceBuilder
+from training.selection import Selection
 from training.sharding import gathered, whole
+from training.steps import Position, Step, training_loader
 from training.stop import Interrupted, Stopped, StopRequest, children_that_stay
-from training.tasks import Counts, count_labels, summed
 from training.tuning import merged_state
-from training.validation import validate
 
 
 class Run:
@@ -38,17 +35,13 @@ class Run:
         self,
         accelerator: Accelerator,
         objective: Objective,
-        builder: SequenceBuilder,
-        recipe: Recipe,
-        training: list[SessionData],
-        validation: list[SessionData],
-        data_key: str,
+        family: Family,
+        recipe: AnyRecipe,
         selection: Selection,
         out: Path,
         on_step: Callable[[Row], None],
     ) -> None:
-        self.accelerator, self.objective, self.builder, self.recipe = accelerator, objective, builder, recipe
-        self.training, self.validation, self.data_key = training, validation, data_key
+        self.accelerator, self.objective, self.family, self.recipe = accelerator, objective, family, recipe
         self.out, self.on_step = out, on_step
         self.model = objective.model
         self.step, self.position = 0, Position()
@@ -75,15 +68,14 @@ class Run:
         self.log.open(self.step)
 
     def state(self) -> dict[str, Any]:
-        thresholds = ("speaking_threshold", "dst_update_threshold", "min_gap_ticks")
         return {
             "step": self.step,
             "position": list(self.position),
             "unvalidated": self.unvalidated,
             "selection": self.selection.state(),
             "objective": self.objective.state(),
-            "thresholds": {name: getattr(self.model.config, name) for name in thresholds},
-            "data_key": self.data_key,
+            "thresholds": {name: getattr(self.model.config, name) for name in self.family.chosen},
+            "data_key": self.family.data_key,
         }
 
     def go(self) -> Row:
@@ -99,14 +91,27 @@ class Run:
                 self._complete(row, stop)
         if self.accelerator.is_main_process:
             curves_picture(self.log.rows, self.out / "curves.png")
-        return self.log.row_of(self.selection.bests["best"].step)
+            write_text(self.out / "summary.json", json.dumps(self._summary(), indent=2) + "\n")
+        return self.log.row_of(self.selection.bests[self.selection.best].step)
+
+    def _summary(self) -> dict[str, float | bool]:
+        """When each best was reached, and how it ended."""
+        told: dict[str, float | bool] = {}
+        for name, best in self.selection.bests.items():
+            row = self.log.row_of(best.step)
+            told |= {f"{name}_step": best.step, f"{name}_epoch": row["epoch"]}
+            loss = f"val/loss_{name.removeprefix('best_')}"
+            if loss in row:
+                told[f"best_{loss.replace('/', '_')}"] = row[loss]
+        early = self.step < self.recipe.train.steps
+        return told | {"stopped_early": early, "stopped_at_epoch": self.log.row_of(self.step)["epoch"]}
 
     def _read_ahead(self) -> Iterator[Step]:
         """The steps from here on. A generator lets go of its worker processes as soon as nobody asks it for more."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        steps = TrainingSteps(self.training, self.builder, self.recipe, self.position, rank, ranks)
+        steps = self.family.steps(self.position, rank, ranks)
         with children_that_stay():
-            loaded = iter(training_loader(steps))
+            loaded = iter(training_loader(steps, self.recipe.data.workers))
         for step in loaded:
             if isinstance(step, UserError):
                 raise step
@@ -131,7 +136,8 @@ class Run:
         """All that follows a step: validation, the log, saves; the end, if one was asked for."""
         train, number = self.recipe.train, int(row["step"])
         is_last = number == train.steps
-        if number % train.eval_every == 0 or is_last:
+        is_due = self.position.step == 0 if train.eval_every is None else number % train.eval_every == 0
+        if is_due or is_last:
             try:
                 scores = self._validate(stop)
             except Interrupted:
@@ -141,28 +147,24 @@ class Run:
             row = row | scores | {"train/clip_share": self.log.clip_share(row)}
         self.step, self.unvalidated = number, None
         self.log.add(row)
-        better = self._better(row) if COMBINED in row else []
-        saved = COMBINED in row or bool(train.save_every and number % train.save_every == 0)
+        is_scored = self.selection.metric in row
+        better = self._better(row) if is_scored else []
+        saved = is_scored or bool(train.save_every and number % train.save_every == 0)
         if saved:
             self._save([*better, "latest"])
-        self.on_step(row)
+        self.on_step(row | self.selection.waited() if is_scored else row)
         if (asked := self._any_rank(stop.signal)) and not is_last:
             if not saved:
                 self._save(["latest"])
             raise Stopped(asked, self.step)
 
     def _validate(self, stop: StopRequest) -> Row:
-        rows = self.recipe.data.rows_at_once or -(
-            -self.recipe.data.batch_rows // self.accelerator.num_processes
-        )
         with whole(self.model, self.objective.spare, self.accelerator.device) as model:
-            positions = rows * self.recipe.data.max_seq_len
-            return validate(model, self.builder, self.validation, self.accelerator, positions, stop.check)
+            return self.family.validate(model, self.accelerator, stop.check)
 
     def _totals(self, passes: Sequence[Any]) -> Counts:
         """Labels of the whole step, over all ranks."""
-        vocabulary = self.model.config.text_config.vocab_size
-        own = summed([count_labels(batch, self.objective.tasks, vocabulary) for batch in passes])
+        own = summed([self.model.count_labels(batch, self.objective.tasks) for batch in passes])
         return cast(Counts, self.accelerator.reduce(own, "sum"))
 
     def _better(self, row: Row) -> list[str]:
@@ -181,7 +183,7 @@ class Run:
             tensors = gathered(merged_state(self.model))
         if is_main:
             first, *others = [self.out / "checkpoints" / name for name in names]
-            save_model(self.model, self.builder, first, tensors, None if others else state)
+            save_model(self.model, self.family.tokenizer, first, tensors, None if others else state)
             for folder in others:
                 save_again(self.model, first, folder, tensors, state if folder is others[-1] else None)
         self.accelerator.wait_for_everyone()

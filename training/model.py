@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from schemas.errors import UserError
 from training.batch import Batch
+from training.family import Counts
+from training.recipe import TaskSettings
+from training.tasks import count_labels, task_losses
 
 HEADS = ("speaking", "dst_update", "response", "dst_state")
 OWN_PARTS = {"speaking": "speaking_head.", "dst_update": "dst_update_head.", "dst_state": "dst_state_head."}
@@ -27,6 +30,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
         visual_adapter: ``identity`` lets every cached token in; ``fuse`` projects a tick's tokens to
             ``visual_tokens``.
         cached_tokens: tokens a tick in the feature cache.
+        tiles: pieces of a frame's side that were encoded one by one.
         visual_tokens: tokens a tick in the sequence.
         with_vision: whether the vision tower and connector are part of the model; training needs neither.
         window_ticks, max_plan_steps, memory_turns, speech: how windows are written; a live run must do the same.
@@ -42,6 +46,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
 
     visual_adapter: Literal["identity", "fuse"] = "fuse"
     cached_tokens: int = 64
+    tiles: int = 1
     visual_tokens: int = 1
     with_vision: bool = False
     tick_hz: float = 2.0
@@ -103,6 +108,8 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
     """
 
     config_class = DSTSmolVLMConfig
+    own_parts = OWN_PARTS
+    new_parts = NEW_PARTS
     _keys_to_ignore_on_load_unexpected = (r"model\.vision_model\..*", r"model\.connector\..*")
 
     def __init__(self, config: DSTSmolVLMConfig) -> None:
@@ -197,9 +204,26 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
                 out["dst_state"] = self.dst_state_head(ticks, steps[batch.window_of_tick])
         return out
 
+    def count_labels(self, batch: Batch, tasks: Mapping[str, TaskSettings]) -> Counts:
+        """As `training.tasks.count_labels`."""
+        return count_labels(batch, tasks, self.config.text_config.vocab_size)
 
-def from_backbone(folder: Path, config_changes: dict[str, Any], seed: int) -> DSTSmolVLM:
-    """The dialog model on a SmolVLM2 checkpoint's language model; adapter and new heads start from ``seed``.
+    def task_losses(
+        self,
+        outputs: Mapping[str, torch.Tensor],
+        batch: Batch,
+        tasks: Mapping[str, TaskSettings],
+        totals: Counts,
+    ) -> dict[str, torch.Tensor]:
+        """As `training.tasks.task_losses`."""
+        return task_losses(outputs, batch, tasks, totals)
+
+
+AnyDst = TypeVar("AnyDst", bound=SmolVLMForConditionalGeneration)
+
+
+def from_backbone(kind: type[AnyDst], folder: Path, config_changes: dict[str, Any], seed: int) -> AnyDst:
+    """A model of ours on a SmolVLM2 checkpoint's language model; adapter and new heads start from ``seed``.
 
     Neither vision tower nor connector is loaded.
 
@@ -208,17 +232,22 @@ def from_backbone(folder: Path, config_changes: dict[str, Any], seed: int) -> DS
     """
     backbone = SmolVLMConfig.from_pretrained(folder).to_dict()
     backbone.pop("model_type")
-    config = DSTSmolVLMConfig(**{**backbone, **config_changes, "architectures": ["DSTSmolVLM"]})
+    config = kind.config_class(**{**backbone, **config_changes, "architectures": [kind.__name__]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, loading = _load(folder, config=config)
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(NEW_PARTS))
+        model, loading = _load(kind, folder, config=config)
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(kind.new_parts))
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors of the language model, such as {missing[0]}")
     return model
 
 
 def load_trained(folder: Path) -> DSTSmolVLM:
+    """A trained dialog model, as `load_checkpoint` reads it."""
+    return load_checkpoint(DSTSmolVLM, folder)
+
+
+def load_checkpoint(kind: type[AnyDst], folder: Path) -> AnyDst:
     """A trained checkpoint, bit for bit as it was saved; the vision tower of an export is left where it is.
 
     Raises:
@@ -226,22 +255,22 @@ def load_trained(folder: Path) -> DSTSmolVLM:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a checkpoint (no config.json); give a run of 'dst train'")
-    config = DSTSmolVLMConfig.from_pretrained(folder)
-    if config.architectures != ["DSTSmolVLM"]:
-        raise UserError(f"{folder} holds {config.architectures}, not a trained dialog model")
+    config = kind.config_class.from_pretrained(folder)
+    if config.architectures != [kind.__name__]:
+        raise UserError(f"{folder} holds {config.architectures}, not {kind.__name__}; give another run")
     config.with_vision = False
-    model, loading = _load(folder, config=config)
+    model, loading = _load(kind, folder, config=config)
     if loading["missing_keys"]:
         raise UserError(f"{folder} lacks {len(loading['missing_keys'])} tensors; it was not saved whole")
     return model
 
 
-def _load(folder: Path, config: DSTSmolVLMConfig) -> tuple[DSTSmolVLM, dict[str, Any]]:
+def _load(kind: type[AnyDst], folder: Path, config: Any) -> tuple[AnyDst, dict[str, Any]]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # which tensors are new is checked here, not reported as a table
     logging.disable_progress_bar()
-    loaded: tuple[DSTSmolVLM, dict[str, Any]] = DSTSmolVLM.from_pretrained(
+    loaded: tuple[AnyDst, dict[str, Any]] = kind.from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
     )
     return loaded

@@ -13,14 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from schemas.errors import UserError
-from training.batch import Batch
+from training.family import AnyBatch, Counts
 from training.gradients import Gradients, cosines, dot_products, length
-from training.model import OWN_PARTS, DSTSmolVLM
 from training.optim import make_optimizer, set_learning_rate
-from training.recipe import OptimizerSettings, Recipe
+from training.recipe import AnyRecipe, OptimizerSettings
 from training.runlog import Row
 from training.sharding import gathered, shard, spread_as
-from training.tasks import Counts, task_losses
 
 OVERFLOWS = 50
 """Steps in a row whose fp16 gradients are no numbers, after which more of them are no use: each halves the factor that
@@ -33,7 +31,7 @@ class Objective(ABC):
     """What all objectives share: passes, gradients of one task, checks, an optimizer's step.
 
     Args:
-        model: trainable parameters are those that require a gradient.
+        model: as `training.family.AnyModel`; trainable parameters are those that require a gradient.
 
     Attributes:
         optimizers: by name, to be saved and loaded.
@@ -41,12 +39,12 @@ class Objective(ABC):
         spare: another model to put the parts of a sharded one together in.
     """
 
-    def __init__(self, accelerator: Accelerator, model: DSTSmolVLM, recipe: Recipe) -> None:
+    def __init__(self, accelerator: Accelerator, model: Any, recipe: AnyRecipe) -> None:
         self.accelerator, self.recipe = accelerator, recipe
         self.tasks = recipe.tasks.active
         self.frozen: set[str] = set()
         self.wrapped: Any
-        self.spare: DSTSmolVLM | None = None
+        self.spare: Any = None
         if recipe.train.shard:
             settings = (
                 model.config,
@@ -65,7 +63,7 @@ class Objective(ABC):
         self._make_optimizers()
 
     @abstractmethod
-    def step(self, passes: Sequence[Batch], totals: Counts, number: int) -> Row:
+    def step(self, passes: Sequence[AnyBatch], totals: Counts, number: int) -> Row:
         """Move the parameters once, or once for each task.
 
         Args:
@@ -84,7 +82,7 @@ class Objective(ABC):
     @property
     def shared(self) -> list[str]:
         """The parameters that no head has alone."""
-        return [key for key in self.parameters if not key.startswith(tuple(OWN_PARTS.values()))]
+        return [key for key in self.parameters if not key.startswith(tuple(self.model.own_parts.values()))]
 
     @property
     def going(self) -> list[str]:
@@ -114,7 +112,7 @@ class Objective(ABC):
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def probe(self, batch: Batch, totals: Counts) -> Row:
+    def probe(self, batch: AnyBatch, totals: Counts) -> Row:
         """Norm of each task's gradient on one batch, and the cosine between each two, on what they share."""
         gradients = self._task_gradients([batch], totals, self.going)[0]
         norms = {f"grad/norm_{name}": length(each) / self._scale for name, each in gradients.items()}
@@ -127,18 +125,18 @@ class Objective(ABC):
         self, name: str, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings
     ) -> None:
         self.settings[name] = settings
-        optimizer = make_optimizer(parameters, settings)
+        optimizer = make_optimizer(parameters, settings, self.model.new_parts)
         # what accelerate knows of an optimizer is how to scale for fp16, which parts are not trained in
         self.optimizers[name] = optimizer if self.recipe.train.shard else self.accelerator.prepare(optimizer)
 
     def _losses(
-        self, model: Any, batch: Batch, totals: Counts, names: Sequence[str]
+        self, model: Any, batch: AnyBatch, totals: Counts, names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        logits = model(batch, heads=tuple(names))
-        return task_losses(logits, batch, self.tasks, totals)
+        outputs = model(batch, heads=tuple(names))
+        return self.model.task_losses(outputs, batch, self.tasks, totals)
 
     def _backward(
-        self, passes: Sequence[Batch], totals: Counts, names: Sequence[str], weights: Mapping[str, Any]
+        self, passes: Sequence[AnyBatch], totals: Counts, names: Sequence[str], weights: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Gradients of the weighted sum into the parameters; the tasks' losses over all passes and ranks.
 
@@ -157,7 +155,7 @@ class Objective(ABC):
         return self._checked(sums, passes)
 
     def _task_gradients(
-        self, passes: Sequence[Batch], totals: Counts, names: Sequence[str]
+        self, passes: Sequence[AnyBatch], totals: Counts, names: Sequence[str]
     ) -> tuple[dict[str, Gradients], dict[str, torch.Tensor]]:
         """Each task's gradient of its weighted loss, by parameter, from one forward pass a batch; and the losses.
 
@@ -168,9 +166,9 @@ class Objective(ABC):
         for batch in passes:
             losses = self._losses(self.model, batch, totals, names)
             for at, name in enumerate(names):
-                loss, scaler = losses[name] * self.tasks[name].weight, self.accelerator.scaler
+                weighted, scaler = losses[name] * self.tasks[name].weight, self.accelerator.scaler
                 found = torch.autograd.grad(
-                    scaler.scale(loss) if scaler else loss,
+                    scaler.scale(weighted) if scaler else weighted,
                     list(self.parameters.values()),
                     retain_graph=at + 1 < len(names),
                     allow_unused=True,
@@ -180,14 +178,15 @@ class Objective(ABC):
                     if gradient is not None:
                         mine[key] = mine[key] + gradient if key in mine else gradient
                 del found, gradient  # else they stay while the next task's are computed
-                sums[name] = sums.get(name, 0) + losses[name].detach()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach()
         if self.accelerator.num_processes > 1:
             for each in gradients.values():
                 for key in each:
                     each[key] = self.accelerator.reduce(each[key], "sum")
         return gradients, self._checked(sums, passes)
 
-    def _checked(self, sums: dict[str, torch.Tensor], passes: Sequence[Batch]) -> dict[str, torch.Tensor]:
+    def _checked(self, sums: dict[str, torch.Tensor], passes: Sequence[AnyBatch]) -> dict[str, torch.Tensor]:
         """The losses over all ranks, if they are numbers."""
         stacked = torch.stack(list(sums.values()))
         all_ranks = self.accelerator.reduce(stacked, "sum")
@@ -250,7 +249,8 @@ class Objective(ABC):
 
     def _row(self, losses: Mapping[str, torch.Tensor]) -> Row:
         row = {f"train/loss_{name}": loss.item() for name, loss in losses.items()}
-        return row | {"train/loss": sum(self.tasks[n].weight * loss.item() for n, loss in losses.items())}
+        total = sum(self.tasks[name].weight * losses[name].item() for name in self.tasks if name in losses)
+        return row | {"train/loss": total}
 
 
 def _few(names: Sequence[str]) -> str:

@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.batch import Batch
+from training.family import AnyBatch, Counts
 from training.gradients import cosines, dot_products, mixed, surgery
-from training.model import OWN_PARTS
 from training.objective import Objective
 from training.optim import set_learning_rate
 from training.recipe import OptimizerSettings
 from training.runlog import Row
-from training.tasks import Counts
 
 
 class Joint(Objective):
     """One optimizer, the weighted sum of the losses."""
 
-    def step(self, passes: Sequence[Batch], totals: Counts, number: int) -> Row:
+    def step(self, passes: Sequence[AnyBatch], totals: Counts, number: int) -> Row:
         losses = self._backward(passes, totals, self.going, self._weights())
         norm, clipped = self._update("all", number)
         return self._row(losses) | {"train/grad_norm": norm, "train/clipped": float(clipped)}
@@ -43,7 +41,7 @@ class Uncertainty(Objective):
         settings = OptimizerSettings(**common | {"weight_decay": 0.0, "lr": self.recipe.train.head_lr})
         self._add_optimizer("log_variance", {"log_variance": self.log_variance}, settings)
 
-    def step(self, passes: Sequence[Batch], totals: Counts, number: int) -> Row:
+    def step(self, passes: Sequence[AnyBatch], totals: Counts, number: int) -> Row:
         precision = dict(zip(self.tasks, torch.exp(-self.log_variance).detach(), strict=True))
         losses = self._backward(passes, totals, self.going, precision)
         # d/ds of exp(-s) L + s / 2, which needs no pass through the model
@@ -75,7 +73,7 @@ class PCGrad(Objective):
     Yu et al., "Gradient surgery for multi-task learning", 2020; on the parameters that the tasks share.
     """
 
-    def step(self, passes: Sequence[Batch], totals: Counts, number: int) -> Row:
+    def step(self, passes: Sequence[AnyBatch], totals: Counts, number: int) -> Row:
         gradients, losses = self._task_gradients(passes, totals, self.going)
         rng = np.random.default_rng([self.recipe.train.seed, number])
         dots = dot_products(gradients, self.shared)
@@ -94,11 +92,11 @@ class Independent(Objective):
 
     def _make_optimizers(self) -> None:
         for task in self.tasks:
-            others = tuple(part for name, part in OWN_PARTS.items() if name != task)
+            others = tuple(part for name, part in self.model.own_parts.items() if name != task)
             reached = {n: p for n, p in self.parameters.items() if not n.startswith(others)}
             self._add_optimizer(task, reached, self.recipe.optimizer_of(task))
 
-    def step(self, passes: Sequence[Batch], totals: Counts, number: int) -> Row:
+    def step(self, passes: Sequence[AnyBatch], totals: Counts, number: int) -> Row:
         losses: dict[str, torch.Tensor] = {}
         told: Row = {}
         scale = self._scale

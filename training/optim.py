@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 
-from training.model import NEW_PARTS
 from training.recipe import OptimizerSettings
 
 
 def make_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings
+    parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings, new_parts: tuple[str, ...]
 ) -> torch.optim.AdamW:
-    """AdamW over parameters by name; weight decay on matrices only."""
+    """AdamW over parameters by name; weight decay on matrices only.
+
+    Args:
+        new_parts: how the names begin of what starts from nothing, and has ``head_lr``.
+    """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((name.startswith(NEW_PARTS), parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((name.startswith(new_parts), parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
             {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from schemas.config import Strict, load_config
 from schemas.errors import UserError
@@ -43,19 +43,31 @@ class LoraSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class ModelSettings(Settings):
-    """Which backbone, how a tick enters it, and what of it is trained."""
+class BackboneSettings(Settings):
+    """Which backbone, and what of it is trained."""
 
     init: str | None = None  # a hub name or a folder; none takes the checkpoint the cache was made with
-    visual_adapter: Literal["identity", "fuse"] = "fuse"
-    visual_tokens: Count = 1  # a tick in the sequence; with fuse 1 an hour is 7,200 tokens
     tune: Literal["full", "lora", "heads"] = (
         "full"  # adapter and heads always are; heads leaves the backbone as it is
     )
     lora: LoraSettings = LoraSettings()
 
 
-class DataSettings(Settings):
+class ModelSettings(BackboneSettings):
+    """The dialog model's backbone, and how a tick enters it."""
+
+    visual_adapter: Literal["identity", "fuse"] = "fuse"
+    visual_tokens: Count = 1  # a tick in the sequence; with fuse 1 an hour is 7,200 tokens
+
+
+class LoadingSettings(Settings):
+    """What both families read with."""
+
+    blind: bool = False  # features are zeroed: shows what the labels alone give away
+    workers: int = Field(0, ge=0)  # processes that read and pack ahead, for each rank
+
+
+class DataSettings(LoadingSettings):
     """How windows are cut, written and batched."""
 
     window_ticks: Count = 64
@@ -73,8 +85,6 @@ class DataSettings(Settings):
         None  # rows of one forward pass on one device; none: as many as a step has for it
     )
     state_noise: float = Field(0.03, ge=0, le=1)  # chance that a step's starting state is shown wrongly
-    blind: bool = False  # features are zeroed: shows what the labels alone give away
-    workers: int = Field(0, ge=0)  # processes that read and pack ahead, for each rank
 
     @model_validator(mode="after")
     def _inline_needs_its_order(self) -> DataSettings:
@@ -105,19 +115,24 @@ class TaskOptimizer(Settings):
     clip_norm: Rate | None = None
 
 
-class TaskSettings(Settings):
-    """One head: its loss, how it is optimised, what its best checkpoint is."""
+class AnyTask(Settings):
+    """What a task has in either family: how it is optimised, what its best checkpoint is."""
+
+    weight: NotNegative = 1.0  # in the sum; 0 leaves the task out
+    optimizer: TaskOptimizer = TaskOptimizer()  # objective independent only
+    metric: str = (
+        ""  # the validation score that selects best_<task>; of losses and errors the lowest, else the highest
+    )
+    patience: Count | None = None  # validations without a better score; none never ends
+
+
+class TaskSettings(AnyTask):
+    """One head of the dialog model, and its loss."""
 
     classes: ClassVar[int]
     loss: LossName = "cross_entropy"
-    weight: NotNegative = 1.0  # in the sum; 0 leaves the task out
     gamma: NotNegative = 2.0  # focal only
     alpha: tuple[NotNegative, ...] | None = None  # focal only: one weight a class
-    optimizer: TaskOptimizer = TaskOptimizer()  # objective independent only
-    metric: str = (
-        ""  # the validation score that selects best_<task>; of val/loss_* the lowest, of others the highest
-    )
-    patience: Count | None = None  # validations without a better score; none never ends
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -165,24 +180,32 @@ class StateTask(TaskSettings):
     near_weight: Rate = 1.0  # of labels within two ticks of a transition; the others weigh 1
 
 
-class Tasks(Settings):
-    """The four tasks, a head each."""
+T = TypeVar("T", bound=AnyTask)
 
-    speaking: SpeakingTask = SpeakingTask()
-    dst_update: UpdateTask = UpdateTask()
-    response: ResponseTask = ResponseTask()
-    dst_state: StateTask = StateTask()
+
+class SomeTasks(Settings, Generic[T]):
+    """The tasks of a family; each field is one."""
 
     @model_validator(mode="after")
-    def _something_is_learned(self) -> Tasks:
+    def _something_is_learned(self) -> Self:
         if not self.active:
             raise ValueError("all weights are 0, so that nothing is learned")
         return self
 
     @property
-    def active(self) -> dict[str, TaskSettings]:
+    def active(self) -> dict[str, T]:
         """Those with a weight, by name."""
-        return {name: getattr(self, name) for name in TASK_NAMES if getattr(self, name).weight > 0}
+        every = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: task for name, task in every.items() if task.weight > 0}
+
+
+class Tasks(SomeTasks[TaskSettings]):
+    """The four tasks of the dialog model, a head each."""
+
+    speaking: SpeakingTask = SpeakingTask()
+    dst_update: UpdateTask = UpdateTask()
+    response: ResponseTask = ResponseTask()
+    dst_state: StateTask = StateTask()
 
 
 TASK_NAMES = ("speaking", "dst_update", "response", "dst_state")
@@ -199,7 +222,7 @@ class TrainSettings(OptimizerSettings):
         "continue"  # what becomes of a task that is out of patience
     )
     steps: Count = 2000
-    eval_every: Count = 200
+    eval_every: Count | None = 200  # steps between validations; none: at the end of each epoch
     save_every: Count | None = None  # steps between saves of `latest`; none: at each validation
     probe_every: int = Field(0, ge=0)  # steps between looks at each task's gradient (one more pass); 0: never
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # auto: what the GPU computes well
@@ -218,34 +241,29 @@ class TrainSettings(OptimizerSettings):
         return self
 
 
-class Recipe(Settings):
-    """A whole training run."""
+class AnyRecipe(Settings):
+    """What the recipes of both families have.
 
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    tasks: Tasks = Tasks()
-    train: TrainSettings = TrainSettings()
+    Attributes:
+        best: name of the checkpoint that is the best of the whole model.
+        best_by: the validation score it is chosen by.
+    """
+
+    best: ClassVar[str]
+    best_by: ClassVar[str]
+    model: BackboneSettings
+    data: LoadingSettings
+    tasks: SomeTasks[Any]
+    train: TrainSettings
 
     @model_validator(mode="after")
-    def _each_part_fits_the_others(self) -> Recipe:
-        if self.data.speak_by == "end_of_turn" and self.tasks.speaking.weight:
-            raise ValueError("speak_by end_of_turn leaves head 1 untrained: set tasks.speaking.weight to 0")
-        if self.data.speak_by == "end_of_turn" and not self.tasks.response.weight:
-            raise ValueError("speak_by end_of_turn is learned by the response task: give it a weight")
+    def _each_part_fits_the_engine(self) -> Self:
         if self.train.shard and (
             self.train.objective != "joint" or self.model.tune != "full" or self.train.probe_every
         ):
             raise ValueError(
                 "train.shard needs objective joint, model.tune full and probe_every 0: a task's own gradient, and "
                 "low-rank adapters, need the whole model"
-            )
-        if (
-            self.model.tune == "heads"
-            and self.model.visual_adapter == "identity"
-            and self.tasks.response.weight
-        ):
-            raise ValueError(
-                "tune heads with visual_adapter identity leaves response nothing to train: weight it 0"
             )
         several = (
             self.train.objective == "pcgrad"
@@ -269,8 +287,50 @@ class Recipe(Settings):
         return OptimizerSettings(**common | getattr(self.tasks, task).optimizer.model_dump(exclude_none=True))
 
 
+class Recipe(AnyRecipe):
+    """A whole training run of the dialog model."""
+
+    best = "best"
+    best_by = "val/combined"
+    family: Literal["dst"] = "dst"
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    tasks: Tasks = Tasks()
+    train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _each_part_fits_the_others(self) -> Recipe:
+        if self.data.speak_by == "end_of_turn" and self.tasks.speaking.weight:
+            raise ValueError("speak_by end_of_turn leaves head 1 untrained: set tasks.speaking.weight to 0")
+        if self.data.speak_by == "end_of_turn" and not self.tasks.response.weight:
+            raise ValueError("speak_by end_of_turn is learned by the response task: give it a weight")
+        if (
+            self.model.tune == "heads"
+            and self.model.visual_adapter == "identity"
+            and self.tasks.response.weight
+        ):
+            raise ValueError(
+                "tune heads with visual_adapter identity leaves response nothing to train: weight it 0"
+            )
+        return self
+
+
 def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
-    """A recipe by the name of a packaged one, or a YAML file; none gives the defaults.
+    """A recipe of the dialog model, as `any_recipe` finds it.
+
+    Raises:
+        UserError: no such recipe, one that does not hold, or one of the other family.
+    """
+    recipe = any_recipe(name, overrides)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"the recipe {name} is for counting, and this is for the dialog model; give another")
+    return recipe
+
+
+def any_recipe(name: str | None, overrides: list[str]) -> AnyRecipe:
+    """A recipe by the name of a packaged one, or a YAML file; none gives the dialog model's defaults.
+
+    Its ``family`` says of which family of tasks it is: ``dst``, or ``counting``.
 
     Raises:
         UserError: no such recipe, or one that does not hold.
@@ -278,7 +338,7 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     if name is None:
         return load_config(Recipe, None, overrides)
     if Path(name).is_file():
-        return load_config(Recipe, Path(name), overrides)
+        return _read(Path(name), overrides)
     packaged = resources.files("training.recipes")
     with resources.as_file(packaged / f"{name}.yaml") as path:
         if not path.is_file():
@@ -286,4 +346,17 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
                 file.name.removesuffix(".yaml") for file in packaged.iterdir() if file.name.endswith("yaml")
             )
             raise UserError(f"no recipe {name!r}; give a YAML file or one of {', '.join(known)}")
-        return load_config(Recipe, path, overrides)
+        return _read(path, overrides)
+
+
+def _read(path: Path, overrides: list[str]) -> AnyRecipe:
+    from training.counting.recipe import CountingRecipe  # which is made of what stands above
+
+    family = load_config(_Family, path).family
+    return load_config(CountingRecipe if family == "counting" else Recipe, path, overrides)
+
+
+class _Family(BaseModel):
+    """All that is looked at before it is known which settings a file may have."""
+
+    family: Literal["dst", "counting"] = "dst"

@@ -14,6 +14,7 @@ import typer
 from pipeline.labels_terminal import some_frames
 from pipeline.shards import ShardCache
 from pipeline.terminal import echo_table
+from schemas.checkpoints import DEFAULT_EMBEDDING
 from schemas.errors import UserError
 from schemas.files import write_text
 from training.checkpoint import checkpoint_of
@@ -23,11 +24,45 @@ from training.evaluate import TABLE, Reports, cache_of, evaluate, middle_trace, 
 from training.matched import BAG_OF_WORDS
 from training.plots import timeline_picture
 from training.report import table_markdown, write_report
+from training.runs import is_counting_run
 from training.trace_table import read_traces
 from training.traces import Trace
 
 MOST_PICTURED = 40
 """Sessions whose frames are in the report, the worst ones first: their videos have to be decoded."""
+
+
+def evaluate_any_and_tell(
+    run: Path,
+    shards: str | None,
+    split: str,
+    checkpoint: str | None,
+    mode: str | None,
+    embedding: str | None,
+    device: str,
+) -> None:
+    """Score a run of either family, print its table, write its report.
+
+    Args:
+        checkpoint: None takes the family's best.
+        mode, embedding: of the dialog model only; None takes ``free``, and the default embedding.
+
+    Raises:
+        UserError: as the families' own, or there is no such mode, or none in this family.
+    """
+    if mode not in (None, "free", "teacher"):
+        raise UserError(f"--mode {mode!r} is neither free nor teacher")
+    if is_counting_run(run):
+        if mode or embedding:
+            raise UserError(
+                f"{run} is a run of counting, which says no words: leave --mode and --embedding away"
+            )
+        from training.counting.terminal import evaluate_and_tell as evaluate_counter_and_tell
+
+        evaluate_counter_and_tell(Reports(run, checkpoint or "best_joint", split), shards, device)
+        return
+    reports = Reports(run, checkpoint or "best", split, "teacher" if mode == "teacher" else "free")
+    evaluate_and_tell(reports, shards, embedding or DEFAULT_EMBEDDING, device)
 
 
 def evaluate_and_tell(

@@ -6,44 +6,23 @@ All of it follows from (seed, epoch) alone, so that a run goes on from (epoch, s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, count
-from typing import NamedTuple, TypeVar
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from schemas.errors import UserError
 from training.batch import Batch, Example, collate, pack
 from training.data import SessionData, example_of, window_starts
 from training.losses import IGNORE
 from training.recipe import Recipe
 from training.sequence import SequenceBuilder, Window
-
-T = TypeVar("T")
+from training.steps import START, Position, Steps
 
 POOL_WINDOWS = 256
 """Windows that are packed together: enough that rows come out full, few enough that an epoch's order stays random."""
-
-
-class Position(NamedTuple):
-    """Where a run is: so many steps of an epoch are done."""
-
-    epoch: int = 0
-    step: int = 0
-
-
-START = Position()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one rank computes of an optimizer's step: its passes, one after the other. ``after`` is where it leads."""
-
-    passes: list[Batch]
-    after: Position
 
 
 class _Planned(NamedTuple):
@@ -56,8 +35,8 @@ class _Planned(NamedTuple):
     window: Window
 
 
-class TrainingSteps(IterableDataset[Step | UserError]):
-    """All steps from a position on, without end, as one rank sees them.
+class TrainingSteps(Steps[list[list[_Planned]]]):
+    """The steps of the dialog model.
 
     An epoch cuts each session at another phase and covers each of its ticks once. Rows of like length make a step, so
     that little is padded; the order of the steps is random within each pool.
@@ -75,30 +54,10 @@ class TrainingSteps(IterableDataset[Step | UserError]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        super().__init__(start, rank, ranks)
         self.sessions, self.builder, self.recipe = sessions, builder, recipe
-        self.start, self.rank, self.ranks = start, rank, ranks
 
-    def __iter__(self) -> Iterator[Step | UserError]:
-        """A user's mistake comes as an item: raised in a reader's process, it would arrive as a page of traceback."""
-        try:
-            yield from self._steps()
-        except UserError as error:
-            yield error
-
-    def _steps(self) -> Iterator[Step]:
-        worker = get_worker_info()
-        own, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        number = 0
-        for epoch in count(self.start.epoch):
-            done = self.start.step if epoch == self.start.epoch else 0
-            for at, (rows, is_last) in enumerate(_with_last(self._epoch(epoch)), 1):
-                if at <= done:
-                    continue
-                if number % of == own:
-                    yield Step(self._passes(rows), Position(epoch + 1) if is_last else Position(epoch, at))
-                number += 1
-
-    def _epoch(self, epoch: int) -> Iterator[list[list[_Planned]]]:
+    def planned(self, epoch: int) -> Iterator[list[list[_Planned]]]:
         """The rows of each step of an epoch, in order; the last one may have fewer."""
         data, seed = self.recipe.data, self.recipe.train.seed
         rng = np.random.default_rng([seed, epoch])
@@ -130,14 +89,14 @@ class TrainingSteps(IterableDataset[Step | UserError]):
         window = self.builder.window(*plan, first, length, session.words)
         return _Planned(session, first, length, seed, window)
 
-    def _passes(self, rows: list[list[_Planned]]) -> list[Batch]:
+    def passes(self, planned: list[list[_Planned]]) -> list[Batch]:
         """This rank's share of a step. One that would have a pass less than others gets a row without labels: each pass
         is a meeting of all ranks where the model lies in parts, and the last one is where it does not."""
-        at_once = self.recipe.data.rows_at_once or -(-len(rows) // self.ranks)
-        parts = [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
+        at_once = self.recipe.data.rows_at_once or -(-len(planned) // self.ranks)
+        parts = [planned[at : at + at_once] for at in range(0, len(planned), at_once)]
         own = [self._batch(part) for part in parts[self.rank :: self.ranks]]
         if len(own) < -(-len(parts) // self.ranks):
-            own.append(self._batch(rows[:1], with_labels=False))
+            own.append(self._batch(planned[:1], with_labels=False))
         return own
 
     def _batch(self, rows: list[list[_Planned]], with_labels: bool = True) -> Batch:
@@ -167,13 +126,6 @@ class TrainingSteps(IterableDataset[Step | UserError]):
         return replace(example, window=window, speaking=speaking, dst_update=update)
 
 
-def training_loader(steps: TrainingSteps) -> DataLoader[Step | UserError]:
-    """The steps as they are read ahead by the recipe's worker processes."""
-    # else each tensor on its way takes a file descriptor, of which most systems give a process 1024
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    return DataLoader(steps, batch_size=None, num_workers=steps.recipe.data.workers)
-
-
 def with_noise(state: NDArray[np.int8], noise: float, rng: np.random.Generator) -> NDArray[np.int8]:
     """A state ``[K]`` of which each step is another one with the chance ``noise``: so it is where it is predicted."""
     wrong = (state + rng.integers(1, 3, len(state))) % 3
@@ -184,15 +136,6 @@ def subsampled(labels: NDArray[np.int64], ratio: float, rng: np.random.Generator
     """Labels ``[T]`` of which each 0 is kept with the chance ``ratio``, else `IGNORE`."""
     dropped = (labels == 0) & (rng.random(len(labels)) >= ratio)
     return np.where(dropped, IGNORE, labels)
-
-
-def _with_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
-    """Each item with whether it is the last, which takes a look at one more."""
-    item = next(items)
-    for following in items:
-        yield item, False
-        item = following
-    yield item, True
 
 
 def _packed(planned: Sequence[_Planned], max_seq_len: int) -> list[list[_Planned]]:

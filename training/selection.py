@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from schemas.errors import UserError
-from training.recipe import TaskSettings
+from training.recipe import AnyTask
 
 COMBINED = "val/combined"
 SCORES = (
@@ -24,6 +24,11 @@ INLINE_SCORES = (*SCORES, "val/matched_f1")
 """The same with inline speech, where the model runs free."""
 
 
+def is_lower_better(metric: str) -> bool:
+    """Of losses and errors, the lowest is the best."""
+    return metric.startswith("val/loss_") or metric.endswith(("_error", "_mae"))
+
+
 @dataclass
 class Best:
     """The best score so far, the step it was reached at, and the validations since then."""
@@ -35,18 +40,21 @@ class Best:
 
 @dataclass
 class Selection:
-    """The best of the whole model by ``val/combined``, and of each task by its own metric.
+    """The best of the whole model by one metric, and of each task by its own.
 
     Attributes:
-        tasks: their settings; their best is kept under ``best_TASK``, the whole model's under ``best``.
+        tasks: their settings; their best is kept under ``best_TASK``.
         scores: what a validation measures.
+        best, metric: what the whole model's best is kept under, and by which of the scores it is chosen.
 
     Raises:
         UserError: a task's metric is not measured.
     """
 
-    tasks: Mapping[str, TaskSettings]
+    tasks: Mapping[str, AnyTask]
     scores: tuple[str, ...] = SCORES
+    best: str = "best"
+    metric: str = COMBINED
     bests: dict[str, Best] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,10 +66,11 @@ class Selection:
 
     def update(self, step: int, row: Mapping[str, float]) -> list[str]:
         """Take a validation's scores in; the names of the checkpoints that are better than any before."""
-        metrics = {"best": COMBINED} | {f"best_{name}": task.metric for name, task in self.tasks.items()}
+        metrics = {self.best: self.metric}
+        metrics |= {f"best_{name}": task.metric for name, task in self.tasks.items()}
         improved = []
         for name, metric in metrics.items():
-            value = -row[metric] if metric.startswith("val/loss_") else row[metric]
+            value = -row[metric] if is_lower_better(metric) else row[metric]
             value = -math.inf if math.isnan(value) else value
             best = self.bests.get(name)
             if best is None or value > best.value:  # the first is the best, whatever it is
@@ -70,6 +79,10 @@ class Selection:
             else:
                 best.waited += 1
         return improved
+
+    def waited(self) -> dict[str, float]:
+        """Validations since each task's best, as ``waited/TASK``."""
+        return {f"waited/{name}": float(self.bests[f"best_{name}"].waited) for name in self.tasks}
 
     def out_of_patience(self) -> set[str]:
         """The tasks that have not become better for as many validations as they may."""

@@ -11,10 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.model import DSTSmolVLM
 
-
-def shard(model: DSTSmolVLM, device: torch.device, ranks: int) -> None:
+def shard(model: Any, device: torch.device, ranks: int) -> None:
     """Spread a model over all ranks, layer by layer, so that one layer at a time is whole on each."""
     mesh = init_device_mesh(device.type, (ranks,))
     for layer in model.model.text_model.layers:
@@ -23,7 +21,7 @@ def shard(model: DSTSmolVLM, device: torch.device, ranks: int) -> None:
 
 
 @contextmanager
-def whole(model: DSTSmolVLM, spare: DSTSmolVLM | None, device: torch.device) -> Iterator[DSTSmolVLM]:
+def whole(model: Any, spare: Any, device: torch.device) -> Iterator[Any]:
     """The model with all parameters, with which every rank may compute by itself, as often as it likes.
 
     Args:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from training.batch import Batch
+from training.family import Counts
 from training.losses import LossParts, label_counts, loss_parts
 from training.recipe import StateTask, TaskSettings
-
-Counts = dict[str, torch.Tensor]
-"""Labels of each task, by the groups of its loss: float32 ``[G]``."""
 
 
 def count_labels(batch: Batch, tasks: Mapping[str, TaskSettings], vocabulary: int) -> Counts:
@@ -21,11 +19,6 @@ def count_labels(batch: Batch, tasks: Mapping[str, TaskSettings], vocabulary: in
         name: label_counts(task.loss, getattr(batch, name), classes.get(name, 2), _weights(batch, task))
         for name, task in tasks.items()
     }
-
-
-def summed(counts: Sequence[Counts]) -> Counts:
-    """The labels of several batches."""
-    return {name: torch.stack([each[name] for each in counts]).sum(0) for name in counts[0]}
 
 
 def task_losses(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from schemas.errors import UserError
-from training.model import NEW_PARTS, DSTSmolVLM
-from training.recipe import ModelSettings
+from training.recipe import BackboneSettings
 
 PROJECTIONS = r"model\.text_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 """Modules that low-rank adapters are put on: the language model's alone, whatever else has such names."""
 
 
-def choose_trained(model: DSTSmolVLM, settings: ModelSettings, seed: int) -> None:
-    """Freeze what is not to be trained; the visual adapter and heads 1, 2 and 4 always are.
+def choose_trained(model: Any, settings: BackboneSettings, seed: int) -> None:
+    """Freeze what is not to be trained; what the backbone's checkpoint does not have always is trained.
 
     Raises:
         UserError: low-rank adapters without the package that makes them.
@@ -22,7 +23,7 @@ def choose_trained(model: DSTSmolVLM, settings: ModelSettings, seed: int) -> Non
         return
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(NEW_PARTS))
+        parameter.requires_grad_(name.startswith(model.new_parts))
     if settings.tune == "lora":
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -40,7 +41,7 @@ def choose_trained(model: DSTSmolVLM, settings: ModelSettings, seed: int) -> Non
             parameter.requires_grad_(name in new or "lora_" in name)
 
 
-def merged_state(model: DSTSmolVLM) -> dict[str, torch.Tensor]:
+def merged_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors under its own names, low-rank adapters added to the weights they belong to."""
     state = model.state_dict()
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
@@ -17,13 +16,11 @@ from training.gate import Thresholds, teacher_trace
 from training.matched import BAG_OF_WORDS
 from training.metrics import score
 from training.model import DSTSmolVLM
+from training.ranks import dealt, from_all, in_turn
 from training.rollout import POSITIONS_AT_ONCE, decide_teacher, run_free
 from training.sequence import SequenceBuilder
-from training.stop import Interrupted
 from training.sweep import best_gap, best_threshold
 from training.traces import Trace, Track
-
-T = TypeVar("T")
 
 FREE_RUNS = 2
 """Runs on its own words in which a model with inline speech finds its thresholds."""
@@ -48,9 +45,9 @@ def validate(
         positions: of one pass.
         between: called before each pass; where it raises `Interrupted`, all processes do, and nothing is changed.
     """
-    own = sessions[accelerator.process_index :: accelerator.num_processes]
-    shares = _from_all(accelerator, partial(decide_teacher, model, builder, own, positions, between))
-    by_session = _in_turn([decisions for decisions, _, _ in shares])
+    own = dealt(sessions, accelerator)
+    shares = from_all(accelerator, partial(decide_teacher, model, builder, own, positions, between))
+    by_session = in_turn([decisions for decisions, _, _ in shares])
     scored = [
         _Scored(
             session.truth,
@@ -99,7 +96,7 @@ def _run_free(
     """
     found: list[tuple[Thresholds, dict[str, float]]] = []
     for _ in range(FREE_RUNS):
-        shares = _from_all(accelerator, partial(run_free, model, builder, own, thresholds, between))
+        shares = from_all(accelerator, partial(run_free, model, builder, own, thresholds, between))
         traces = [trace for share in shares for trace in share]
         found.append((thresholds, _scores(traces, with_words=True)))
         scored = [
@@ -109,29 +106,6 @@ def _run_free(
         ]
         thresholds = _best_thresholds(scored, model.config.tick_hz)
     return max(found, key=lambda run: run[1]["val/combined"])
-
-
-def _from_all(accelerator: Accelerator, compute: Callable[[], T]) -> list[T]:
-    """What each process computes, by rank.
-
-    Raises:
-        Interrupted: one of them was.
-    """
-    try:
-        with accelerator.autocast():
-            found = [compute()]
-    except Interrupted:
-        found = []
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
-    if len(found) < accelerator.num_processes:
-        raise Interrupted
-    return found
-
-
-def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
-    """What was dealt out to processes one by one, in its own order."""
-    return [share[at] for at in range(len(shares[0])) for share in shares if at < len(share)]
 
 
 class _Scored(NamedTuple):

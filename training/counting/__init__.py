@@ -1,0 +1,1 @@
+"""Counting by marking: the second family of tasks that the engine trains."""
