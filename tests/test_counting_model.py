@@ -121,6 +121,39 @@ def test_rows_do_not_depend_on_each_other_nor_on_what_they_are_padded_with(
     assert at == len(together["done"])
 
 
+def test_each_mark_sees_the_image_and_all_marks_before_it(
+    tokens: tuple[CountingSmolVLM, CountingPrompt], images: list[ImageData]
+) -> None:
+    """Their positions step back and forth, which is not to be taken for the beginning of another sequence."""
+    model, prompt = tokens
+    example = full_example(of_count(images, 8), prompt, SHARES)
+    before = seen(model, prompt.collate([example], "mark_tokens"))["coord"]
+    other = replace(example, features=-example.features)
+    apart = (seen(model, prompt.collate([other], "mark_tokens"))["coord"] - before).abs().amax(1)
+    assert (apart > 1e-3).all()
+    for number in range(8):
+        moved = example.shown.copy()
+        moved[number] = -moved[number]
+        after = seen(model, prompt.collate([replace(example, shown=moved)], "mark_tokens"))["coord"]
+        assert ((after - before).abs().amax(1)[number + 1 :] > 1e-4).all(), number
+
+
+def test_a_mark_has_the_position_of_the_image_token_it_lies_in(
+    tokens: tuple[CountingSmolVLM, CountingPrompt], images: list[ImageData]
+) -> None:
+    model, prompt = tokens
+    corners = np.array([(-1, -1), (1, -1), (-0.1, 0.1), (0.1, 0.1), (1, 1)], np.float32)
+    several = [
+        replace(full_example(of_count(images, count), prompt, SHARES), shown=corners) for count in (5, 8)
+    ]
+    batch = prompt.collate([replace(each, marked=np.arange(6)) for each in several], "mark_tokens")
+    positions = model.positions(batch).tolist()
+    for row, example in enumerate(several):
+        image, length = len(example.prompt), len(example.prompt) + 4 + len(example.closing)
+        wanted = [*range(length), *(image + token for token in (0, 1, 2, 3, 3))]
+        assert positions[row][: len(wanted)] == wanted
+
+
 def test_a_mark_lies_where_an_image_token_does_that_has_its_place(
     tokens: tuple[CountingSmolVLM, CountingPrompt], images: list[ImageData]
 ) -> None:

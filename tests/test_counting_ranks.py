@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_count import counter_of, images_of, little, objective_of
 
 from training.counting.family import CountingSteps
 from training.counting.recipe import CountingRecipe
 from training.counting.validation import validate
 from training.family import summed
+from training.ranks import dealt, in_turn
 
 STILL = ("train.lr=1e-9", "train.head_lr=1e-9", "train.clip_norm=1e9")
 """Steps so small that a task finds the parameters as the task before it did."""
@@ -55,9 +58,10 @@ def found(shards: Path, recipe: CountingRecipe, rank: int, ranks: int) -> dict[s
     totals: Any = objective.accelerator.reduce(own, "sum")
     row = objective.step(passes, totals, 0)
     images = images_of(shards, recipe, "val")
-    # marks that a model has learned nothing of run far apart from a last bit on: here all lie at one place
+    # marks of a model that has learned nothing run far apart from a last bit on: here all lie at one place, and
+    # the images have unlike counts
     torch.nn.init.zeros_(objective.model.coord_head.weight)
-    torch.nn.init.normal_(objective.model.done_head.weight, generator=torch.Generator().manual_seed(4))
+    torch.nn.init.normal_(objective.model.done_head.weight, std=3, generator=torch.Generator().manual_seed(6))
     scores = validate(objective.model, prompt, images, recipe, objective.accelerator)
     ranks = objective.accelerator.num_processes
     return {"gradients": gradients, "row": row, "scores": scores, "passes": len(passes), "ranks": ranks}
@@ -106,6 +110,17 @@ def test_two_ranks_have_the_gradients_and_scores_of_one(
             assert mine["scores"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     for name, gradient in both[0]["gradients"].items():
         assert torch.equal(gradient, both[1]["gradients"][name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("number", [0, 1, 4, 7])
+def test_what_is_dealt_out_comes_back_in_its_order(ranks: int, number: int) -> None:
+    shares = [
+        dealt(range(number), cast(Accelerator, SimpleNamespace(process_index=rank, num_processes=ranks)))
+        for rank in range(ranks)
+    ]
+    assert in_turn(shares) == list(range(number))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def _of_a_rank(shards: Path, out: Path) -> None:

@@ -18,8 +18,16 @@ from typer.testing import CliRunner
 
 from cli import app
 from schemas.errors import UserError
-from training.recipe import load_recipe
-from training.runs import read_runs, records, table
+from training.recipe import any_recipe, load_recipe
+from training.runs import (
+    by_family,
+    counting_recipe,
+    is_counting_run,
+    read_runs,
+    records,
+    require_dialog,
+    table,
+)
 from training.trainer import train
 
 SCORES = ("speaking_f1", "dst_update_f1", "dst_state_macro_f1", "dst_state_joint")
@@ -196,7 +204,82 @@ def test_records_keep_scores_that_the_table_does_not_know(tmp_path: Path) -> Non
     assert records(read_runs(tmp_path)[0])[0]["val/matched_f1"] == 0.25
 
 
-def test_it_needs_no_torch() -> None:
-    code = "import sys, training.runs; print(*(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def a_counter(folder: Path, mae: dict[int, float], last: int, *changes: str) -> Path:
+    """A run of counting as `a_run` makes one of the dialog model, with ``val/count_mae`` by step."""
+    folder.mkdir(parents=True)
+    recipe = any_recipe("counting", ["train.steps=100", *changes])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    rows: list[dict[str, Any]] = [{"step": step, "train/loss": 1.0} for step in range(1, last + 1)]
+    for step, value in mae.items():
+        rows[step - 1] |= {f"val/loss_{name}": value for name in ("coord", "x", "y", "done")}
+        rows[step - 1] |= {"val/count_mae": value, "val/coord_error": value / 10, "val/done_f1": 1 / value}
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_families_stand_apart_each_by_its_own_metric(tmp_path: Path) -> None:
+    """Of counts, the least error is the best; a dialog run is no worse or better than those."""
+    a_counter(tmp_path / "a", {10: 4.0, 20: 2.5, 30: 3.0}, 100, "data.blind=true")
+    a_counter(tmp_path / "b", {10: 2.0, 20: 8.0}, 100)
+    a_counter(tmp_path / "c", {}, 5)
+    a_run(tmp_path / "low", {10: 0.25}, 100)
+    a_run(tmp_path / "high", {10: 0.5}, 100, "data.blind=true")
+    runs, broken = read_runs(tmp_path)
+    assert broken == {}
+    assert [[run.name for run in alike] for alike in by_family(runs)] == [["high", "low"], ["b", "a", "c"]]
+    assert [run.best_step for run in runs] == [10, 10, 10, 20, None]
+    lines = dst(tmp_path).stdout.splitlines()
+    [dialog, counting] = [line for line in lines if line.split()[:1] == ["run"]]
+    assert "count MAE" not in dialog
+    assert counting.split("   ")[-3:] == ["count MAE", "coord error", "done F1 "]
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["a"] and "beside" not in line]
+    assert row[-4:] == ["20", "2.500", "0.250", "0.400"]
+    assert "a beside b: data.blind=true" in lines
+    assert "low beside high: data.blind=false" in lines
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(dst(tmp_path, "--csv").stdout))}
+    assert (rows["a"]["val/count_mae"], rows["a"]["val/combined"], rows["a"]["differs"]) == (
+        *("2.5", ""),
+        "data.blind=true",
+    )
+    assert (rows["low"]["val/combined"], rows["low"]["val/count_mae"]) == ("0.25", "")
+
+
+def test_a_counter_that_has_run_out_of_patience_is_finished(tmp_path: Path) -> None:
+    """Both its tasks are by default over after five validations without a better one: all have a patience of 5."""
+    a_counter(tmp_path / "over", {step: 1.0 + step for step in range(5, 31, 5)}, 30)
+    a_counter(tmp_path / "early", {step: 1.0 + step for step in range(5, 26, 5)}, 25)
+    runs, _ = read_runs(tmp_path)
+    assert {run.name: (run.state, run.best_step) for run in runs} == {
+        "over": ("finished", 5),
+        "early": ("stopped", 5),
+    }
+
+
+def test_which_family_a_folder_is_of(tmp_path: Path) -> None:
+    counter, dialog = a_counter(tmp_path / "counter", {}, 1), a_run(tmp_path / "dialog", {}, 1)
+    found = [is_counting_run(folder) for folder in (counter, dialog, tmp_path, tmp_path / "nowhere")]
+    assert found == [True, False, False, False]
+    assert counting_recipe(counter, "this") == any_recipe("counting", ["train.steps=100"])
+    with pytest.raises(
+        UserError, match="dialog is a run of the dialog model, and this needs one of counting"
+    ):
+        counting_recipe(dialog, "this")
+    require_dialog(dialog, "that")
+    with pytest.raises(
+        UserError, match="counter is a run of counting, and that needs one of the dialog model"
+    ):
+        require_dialog(counter, "that")
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    """Also to read runs of both families."""
+    a_counter(tmp_path / "counter", {1: 2.0}, 1)
+    a_run(tmp_path / "dialog", {1: 0.5}, 1)
+    code = (
+        "import sys; from pathlib import Path; from training.runs import read_runs\n"
+        "assert len(read_runs(Path(sys.argv[1]))[0]) == 2\n"
+        "print(*(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

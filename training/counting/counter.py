@@ -70,10 +70,11 @@ class Counter:
         """From a run of `dst train`.
 
         Raises:
-            UserError: no run of counting, no such checkpoint, or its vision tower is not to be had.
+            UserError: no run of counting or a blind one, no such checkpoint, or its vision tower is not to be had.
         """
         folder = checkpoint_of(run, checkpoint)
-        counting_recipe(run, "counting in a picture")
+        if counting_recipe(run, "counting in a picture").data.blind:
+            raise UserError(f"{run} is a blind control, which has never seen a picture; give another run")
         model = load_checkpoint(CountingSmolVLM, folder).to(device)
         encoder = encoder_of(folder, model, device, model.config.tiles)
         return cls(model, CountingPrompt.of(folder), encoder)
