@@ -171,7 +171,7 @@ def test_settings(tmp_path: Path) -> None:
     assert "train.steps" in mistake("train", "--set", "train.steps=many")
     assert "is not of the form key=value" in mistake("train", "--set", "train.steps")
     line = mistake("train", "--recipe", "small")
-    assert "no recipe 'small'; give a YAML file or one of independent, " in line
+    assert "no recipe 'small'; give a YAML file or one of counting, independent, " in line
     assert " tiny" in line
     assert "tasks.speaking.loss" in mistake("train", "--set", "tasks.speaking.loss=hinge")
     assert "all weights are 0" in mistake(
@@ -251,7 +251,7 @@ def test_a_run_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_of_several_processes_one_speaks(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"step": 3, "train/loss": 1.0, "val/speaking_f1": 0.25, "val/combined": 0.5}
+    row = {"step": 3, "epoch": 1, "train/loss": 1.0, "val/speaking_f1": 0.25, "val/combined": 0.5}
 
     def quick(
         *_: object, on_start: Callable[[int], None], on_step: Callable[[Any], None], **__: object
@@ -269,7 +269,7 @@ def test_of_several_processes_one_speaks(rank: str, tmp_path: Path, monkeypatch:
     else:
         assert result.stderr.splitlines() == [
             "going on after step 2",
-            "step 3: combined 0.500, speaking_f1 0.250",
+            "epoch 1, step 3: combined 0.500, speaking_f1 0.250",
         ]
         assert (
             f"best at step 3 (val combined 0.500) in {tmp_path / 'my run/checkpoints/best'}" in result.stdout

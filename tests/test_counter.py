@@ -141,12 +141,14 @@ def test_places_are_pixels_of_the_picture(caches: dict[str, Path], tiny_model: P
     """Worked by hand: three quarters of 80 pixels from the left, a quarter of 60 from above; beyond it, its border."""
     counter, _ = untrained(caches, "mark_tokens", tiny_model)
     picture = np.full((60, 80, 3), 128, np.uint8)
+    head = counter.model.coord_head
     with torch.no_grad():
-        counter.model.coord_head.weight.zero_()
-        counter.model.coord_head.bias.copy_(torch.tensor([0.5, -0.5]))
+        for parameter in head.parameters():
+            parameter.zero_()  # all tokens are looked at alike: their mean is the middle
+        head.offset.bias.copy_(torch.tensor([0.5, -0.5]) / head.REACH)
     assert counter.predict_coordinates(picture, [], "pears") == (60.0, 15.0)
     with torch.no_grad():
-        counter.model.coord_head.bias.copy_(torch.tensor([3.0, -7.0]))
+        head.offset.bias.copy_(torch.tensor([3.0, -7.0]) / head.REACH)
     assert counter.predict_coordinates(picture, [(80, 0)], "pears") == (80.0, 0.0)
 
 

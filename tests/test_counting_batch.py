@@ -79,7 +79,7 @@ def test_rows_by_hand() -> None:
         ones = np.ones(len(marked), np.float32)
         array = np.array(points, np.float32).reshape(-1, 2)
         features = np.full((4, 3), len(prompt), np.float16)
-        weights = (ones, ones / 2)
+        weights = (ones, np.full(len(marked), 0.5, np.float32))
         return CountingExample(name, prompt, [9], features, array, array[:shown], np.array(marked), *weights)
 
     one = example("one", [5, 6], [(-1, 0), (0.5, 1)], 2, [0, 1, 2])

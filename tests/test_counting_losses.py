@@ -72,7 +72,7 @@ def test_the_slope_of_the_other_form_has_no_step(a: float, b: float) -> None:
 
     def slope(at: float) -> float:
         distance = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-        coord_values("three_stage_c1", distance).backward()  # type: ignore[no-untyped-call]
+        coord_values("three_stage_c1", distance).backward()
         assert distance.grad is not None
         return float(distance.grad)
 
@@ -116,4 +116,4 @@ def test_a_label_of_no_weight_is_left_out_even_where_it_is_no_number() -> None:
     assert float(parts.mean(torch.tensor([2.5]))) == pytest.approx(0.9)  # as a part of a larger step
     none = weighted(values.requires_grad_(), torch.zeros(4))
     assert none.mean().item() == 0
-    none.mean().backward()  # type: ignore[no-untyped-call]
+    none.mean().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from itertools import permutations
 
 import numpy as np
@@ -75,24 +76,29 @@ def count_by_hand(rollout: Rollout, threshold: float) -> int:
 
 @given(SEEDS)
 @settings(max_examples=60, deadline=None)
-def test_the_threshold_has_the_least_error_of_all(seed: int) -> None:
+def test_the_threshold_is_the_highest_within_a_standard_error_of_the_best(seed: int) -> None:
     rollouts, counts = rollouts_of(np.random.default_rng(seed), 6)
-    errors = {
-        float(threshold): mean_absolute_error(counts, [count_by_hand(each, threshold) for each in rollouts])
-        for threshold in THRESHOLDS
-    }
+    predicted = {t: [count_by_hand(each, t) for each in rollouts] for t in map(float, THRESHOLDS)}
+    errors = {t: mean_absolute_error(counts, each) for t, each in predicted.items()}
     assert sorted(errors) == pytest.approx(list(np.arange(1, 20) / 20))
+    best = min(errors, key=lambda t: (errors[t], t))
+    off = [abs(p - n) for p, n in zip(predicted[best], counts, strict=True)]
+    allowed = errors[best] + statistics.pstdev(off) / len(off) ** 0.5
     chosen = best_done_threshold(rollouts, counts)
-    assert errors[chosen] == min(errors.values())
+    assert errors[chosen] <= allowed + 1e-12
+    assert all(errors[t] > allowed - 1e-12 for t in errors if t > chosen)
 
 
-def test_of_several_thresholds_that_in_their_middle_is_taken() -> None:
-    """It is furthest from where the count changes, which another image will not have at the same place."""
+def test_of_thresholds_that_are_as_good_the_highest_is_taken() -> None:
+    """Worked by hand. One image has no spread: none that is worse is allowed."""
     rollout = Rollout([(0.0, 0.0)] * 2, [0.11, 0.12, 0.88])
-    assert (
-        best_done_threshold([rollout], [2]) == 0.55
-    )  # of 0.15 to 0.95: where it never ends, all marks count
+    assert best_done_threshold([rollout], [2]) == 0.95  # where it never ends, all marks count
     assert best_done_threshold([rollout], [0]) == 0.1  # of 0.05 and 0.1
+    # errors of four images below 0.5: 0, 0, 0, 2, so 0.5 on average, and a standard error of 0.433; up to 0.7 the
+    # second has one more, so 0.75; above, the third two more, so 1.25
+    marks = [(0.0, 0.0)] * 4
+    rollouts = [Rollout(marks, done) for done in ([0.99], [0.5, 0.99], [0.7, 0.1, 0.99], [0.99])]
+    assert best_done_threshold(rollouts, [0, 0, 0, 2]) == 0.7
 
 
 @given(SEEDS)

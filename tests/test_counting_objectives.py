@@ -235,7 +235,7 @@ def test_clipping_keeps_the_scale_out_only_where_it_always_acts(counting_shards:
     plain, clipped = moves(counting_shards, little(*always), 1e-30)
     scaled, also = moves(counting_shards, little(*always, "tasks.done.weight=128"), 1e-30)
     assert clipped == also == 2 * STEPS
-    assert max(difference(one, other) for one, other in zip(plain, scaled, strict=True)) < 0.02
+    assert max(difference(one, other) for one, other in zip(plain, scaled, strict=True)) < 0.05
 
 
 def test_shared_forward_takes_both_gradients_at_the_same_weights(counting_shards: Path) -> None:

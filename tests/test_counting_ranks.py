@@ -60,7 +60,8 @@ def found(shards: Path, recipe: CountingRecipe, rank: int, ranks: int) -> dict[s
     images = images_of(shards, recipe, "val")
     # marks of a model that has learned nothing run far apart from a last bit on: here all lie at one place, and
     # the images have unlike counts
-    torch.nn.init.zeros_(objective.model.coord_head.weight)
+    for parameter in objective.model.coord_head.parameters():
+        torch.nn.init.zeros_(parameter)
     torch.nn.init.normal_(objective.model.done_head.weight, std=3, generator=torch.Generator().manual_seed(6))
     scores = validate(objective.model, prompt, images, recipe, objective.accelerator)
     ranks = objective.accelerator.num_processes

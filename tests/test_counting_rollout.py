@@ -31,7 +31,8 @@ def made(request: pytest.FixtureRequest, counting_shards: Path, drawn_shards: Pa
     recipe = little(f"model.marks={request.param}")
     model, prompt = counter_of(shards, recipe)
     torch.manual_seed(1)
-    torch.nn.init.normal_(model.coord_head.weight, std=0.08)
+    for parameter in model.coord_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.normal_(model.done_head.weight, std=0.3)
     return model.eval(), prompt, images_of(shards, recipe)
 
@@ -175,7 +176,7 @@ def test_the_scores_of_a_validation_by_numpy(counting_shards: Path) -> None:
     assert row["val/coord_error"] == pytest.approx(np.median(distances), rel=1e-5)
     hits = sum(a and b for a, b in zip(said, is_end, strict=True))
     assert row["val/done_f1"] == pytest.approx(2 * hits / max(1, sum(said) + sum(is_end)))
-    subjects = [Subject(image.goal, lambda marks, image=image: image.features()) for image in images]
+    subjects = subjects_of(model, images)
     rollouts = roll_out(model, prompt, subjects)
     errors = [
         abs(each.count(model.config.done_threshold) - len(image.points))

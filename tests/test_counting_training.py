@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_count import COUNTS, counter_of, images_of, little, objective_of, some_passes
+from tiny_count import COUNTS, ENCODINGS, counter_of, images_of, little, objective_of, some_passes
 from tiny_run import Crash, ask_to_stop, at_step, crash, left_by, rows_of
 from typer.testing import CliRunner
 
@@ -173,17 +173,18 @@ def test_a_run_ends_only_when_both_tasks_have_run_out_of_patience(
     assert told[-1]["waited/done"] == 4
 
 
-@pytest.mark.parametrize("marks", ["mark_tokens", "token_embed"])
+@pytest.mark.parametrize("marks", ENCODINGS)
 def test_a_run_that_was_killed_and_stopped_leaves_no_trace_of_it(
-    counting_shards: Path, tmp_path: Path, marks: str
+    counting_shards: Path, drawn_shards: Path, tmp_path: Path, marks: str
 ) -> None:
+    shards = drawn_shards if marks == "drawn" else counting_shards
     recipe = little(f"model.marks={marks}", "train.steps=8", "data.images_at_once=2")
-    train(counting_shards, recipe, tmp_path / "whole", device="cpu")
+    train(shards, recipe, tmp_path / "whole", device="cpu")
     out = tmp_path / "run"
     for number, act in ((2, ask_to_stop), (4, crash), (5, ask_to_stop), (7, crash)):
         with pytest.raises((Stopped, Crash)):
-            train(counting_shards, recipe, out, device="cpu", resume=True, on_step=at_step(number, act))
-    train(counting_shards, recipe, out, device="cpu", resume=True)
+            train(shards, recipe, out, device="cpu", resume=True, on_step=at_step(number, act))
+    train(shards, recipe, out, device="cpu", resume=True)
     assert left_by(out) == left_by(tmp_path / "whole")
     assert summary_of(out) == summary_of(tmp_path / "whole")
 
@@ -223,7 +224,9 @@ def test_the_backbone_may_stay_as_it_is(counting_shards: Path, tmp_path: Path, t
     before, _ = counter_of(counting_shards, little())
     after = load_checkpoint(CountingSmolVLM, tmp_path / "checkpoints/latest")
     moved = {n for n, p in after.named_parameters() if not torch.equal(p, dict(before.named_parameters())[n])}
-    assert {"coord_head.weight", "done_head.weight", "mark.weight", "place.project.weight"} <= moved
+    for part in CountingSmolVLM.new_parts:
+        own = {name for name, _ in after.named_parameters() if name.startswith(part)}
+        assert not own or own & moved, part
     of_backbone = {name for name in moved if name.startswith(("model.", "lm_head."))}
     assert bool(of_backbone) == (tune == "lora")
     assert not any("embed_tokens" in name or "norm" in name for name in of_backbone)
@@ -323,6 +326,20 @@ def test_a_split_that_is_missing(
 
     monkeypatch.setattr(ShardCache, "session", session)
     assert f"has no image of the split '{split}'" in told_by(counting_shards, little(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_in_which_there_is_nothing_to_mark(
+    counting_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    real = training.counting.family.load_images
+
+    def empty(cache: ShardCache, wanted: str, *given: Any) -> Any:
+        found = real(cache, wanted, *given)
+        return [image for image in found if wanted != split or not len(image.points)]
+
+    monkeypatch.setattr(training.counting.family, "load_images", empty)
+    assert f"no object in the images of the split '{split}'" in told_by(counting_shards, little(), tmp_path)
 
 
 @pytest.mark.parametrize(

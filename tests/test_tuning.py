@@ -68,7 +68,9 @@ def test_a_saved_model_with_adapters_is_an_ordinary_one_that_says_the_same(
     assert {name for name in moved if ".lora_" not in name and not name.startswith(NEW)} == set()
     assert any("lora_B" in name for name in moved)
     cache = ShardCache(shards)
-    save_model(objective.model, build(recipe, cache)[1].tokenizer, tmp_path / "saved", merged_state(objective.model))
+    save_model(
+        objective.model, build(recipe, cache)[1].tokenizer, tmp_path / "saved", merged_state(objective.model)
+    )
     loaded = load_trained(tmp_path / "saved").eval()
     assert {name for name, _ in loaded.named_parameters()} == set(weights_of(build(small(), cache)[0]))
     objective.model.eval()

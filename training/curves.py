@@ -18,6 +18,7 @@ Log = Sequence[Mapping[str, float]]
 
 # Of Okabe and Ito, which remain apart under every common colour blindness. A task has its colour in every panel.
 _TASK_COLOURS = dict(zip(TASK_NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
+_TASK_COLOURS |= {"coord": "#0072B2", "done": "#D55E00"}  # which no log has beside the others
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -91,8 +92,10 @@ def _tasks_of(name: str) -> tuple[str, ...]:
     """The task that a number of the log is of, the two whose gradients it compares, or none."""
     if name.startswith("grad/cos_"):
         pair = name.removeprefix("grad/cos_")
-        return tuple(task for task in TASK_NAMES if pair.startswith(f"{task}_") or pair.endswith(f"_{task}"))
-    return tuple(task for task in TASK_NAMES if task in name)
+        return tuple(
+            task for task in _TASK_COLOURS if pair.startswith(f"{task}_") or pair.endswith(f"_{task}")
+        )
+    return tuple(task for task in _TASK_COLOURS if task in name)
 
 
 def _look(tasks: Sequence[str], place: int) -> dict[str, Any]:

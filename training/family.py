@@ -19,7 +19,9 @@ Counts = dict[str, torch.Tensor]
 class AnyBatch(Protocol):
     """What one pass computes."""
 
-    names: list[str]  # of what is in it, for messages
+    @property
+    def names(self) -> list[str]:
+        """Of what is in it, for messages."""
 
     @property
     def padding(self) -> float:

@@ -95,7 +95,7 @@ def _build(recipe: AnyRecipe, cache: ShardCache) -> tuple[Any, Family]:
 
 def _objective(accelerator: Accelerator, model: Any, recipe: AnyRecipe, device: str) -> Objective:
     """The model as it is to be trained, and the objective that trains it."""
-    if device != "cpu":
+    if device != "cpu" and isinstance(recipe, Recipe):  # whose windows share rows; others are causal, no more
         model.config.text_config._attn_implementation = "flex_attention"
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.shards import ShardCache
+from schemas.errors import UserError
 from training.counting.batch import CountingBatch, CountingExample
 from training.counting.data import (
     CountingPrompt,
@@ -48,7 +49,7 @@ class Counting:
     """Images with their points, as `training.family.Family`.
 
     Raises:
-        UserError: the cache has no images to count in, or none of the train or val part.
+        UserError: the cache has no images to count in, none of the train or val part, or none there with an object.
     """
 
     chosen: tuple[str, ...] = ("done_threshold",)
@@ -59,6 +60,12 @@ class Counting:
         self.training, self.validation = (
             load_images(cache, split, recipe.model.marks, recipe.data.blind) for split in ("train", "val")
         )
+        for split, images in (("train", self.training), ("val", self.validation)):
+            if not any(len(image.points) for image in images):
+                raise UserError(
+                    f"{cache.folder} has no object in the images of the split {split!r}, so there is nothing to mark; "
+                    "prepare and cache some that have"
+                )
         self.data_key = _data_key(self.training + self.validation)
 
     def steps(self, start: Position, rank: int, ranks: int) -> CountingSteps:
@@ -126,6 +133,8 @@ class CountingSteps(Steps[list[tuple[int, int]]]):
         """This rank's share; one that would have a pass less than others gets one without labels, since each pass is a
         meeting of all ranks."""
         at_once = self.recipe.data.images_at_once or -(-len(planned) // self.ranks)
+        # images of like counts share a pass, so that little is padded
+        planned = sorted(planned, key=lambda each: len(self.images[each[1]].points))
         parts = [planned[at : at + at_once] for at in range(0, len(planned), at_once)]
         own = [self._batch(part) for part in parts[self.rank :: self.ranks]]
         if len(own) < -(-len(parts) // self.ranks):

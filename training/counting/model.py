@@ -94,6 +94,29 @@ class Projection(nn.Module):
         return self.out(nn.functional.gelu(self.hidden(both)))
 
 
+class CoordHead(nn.Module):
+    """Where the next object is: how much each image token is looked at, and where from its middle the object lies.
+
+    A place that is read off a hidden state alone has to be learned for each part of the image anew, and lies between
+    two objects while it is not known which comes next.
+    """
+
+    REACH = 0.25  # of half a side an offset of 1 is: a token of a grid of 8 is as wide
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)  # the softmax would take it out again
+        self.offset = nn.Linear(width, 2)
+        self.scale = width**-0.5
+
+    def forward(self, hidden: torch.Tensor, image: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, S, H]`` and those of the image's tokens ``[B, T, H]``, whose middles are ``[T, 2]``, to
+        ``[B, S, 2]``."""
+        looked = (self.query(hidden) @ self.key(image).transpose(1, 2) * self.scale).softmax(-1)
+        return looked @ (centres + self.REACH * self.offset(image))
+
+
 class CountingSmolVLM(SmolVLMForConditionalGeneration):
     """The counter. Its heads and all that is new work in float32 whatever the backbone's type is.
 
@@ -117,7 +140,7 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
         self.place = PlaceEmbedding(width)
         self.mark = nn.Embedding(1, width) if config.marks == "mark_tokens" else None
         self.sub_cell = nn.Embedding(config.scale_factor**2, width) if config.marks == "token_embed" else None
-        self.coord_head = nn.Linear(width, 2)
+        self.coord_head = CoordHead(width)
         self.done_head = nn.Linear(width, 1)
         self.post_init()
 
@@ -155,7 +178,8 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
         """
         assert self.sub_cell is not None
         side, parts = math.isqrt(self.config.cached_tokens), self.config.scale_factor
-        x, y = self._cells(batch.marks, parts)
+        cells = ((batch.marks + 1) / 2 * side * parts).floor().long().clamp(0, side * parts - 1)
+        x, y = cells.unbind(-1)
         token = (y // parts) * side + x // parts
         vectors = self.sub_cell((y % parts) * parts + x % parts)
         added = vectors.new_zeros(len(batch.tokens) * side * side, vectors.shape[-1])
@@ -163,67 +187,41 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
             len(batch.tokens), side * side, -1
         )
 
-    def _cells(self, places: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Column and row of the cells that places ``[M, 2]`` lie in, of a grid of so many cells a side of a token."""
-        cells = math.isqrt(self.config.cached_tokens) * parts
-        x, y = ((places + 1) / 2 * cells).floor().long().clamp(0, cells - 1).unbind(-1)
-        return x, y
-
-    def positions(self, batch: CountingBatch) -> torch.Tensor:
-        """Position ids ``[B, L]``: a mark has that of the image token it lies in, whichever mark it is.
-
-        So that what comes next in reading order lies a little after the mark, for the language model's own rotary
-        positions.
-        """
-        rows, length = batch.tokens.shape
-        positions = torch.arange(length, device=batch.tokens.device).repeat(rows)
-        if self.mark is not None:
-            first = batch.visual_at.view(rows, -1)[:, 0] % length
-            positions[batch.mark_at] = self.mark_positions(batch.marks, first[batch.row_of_mark])
-        return positions.view(rows, length)
-
-    def mark_positions(self, marks: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Positions of marks ``[M, 2]`` in images that begin at positions ``first`` ``[M]``."""
-        x, y = self._cells(marks, 1)
-        return first + y * math.isqrt(self.config.cached_tokens) + x
-
-    def trunk(
-        self, embedded: torch.Tensor, positions: torch.Tensor, cache: Any = None, use_cache: bool = False
-    ) -> Any:
-        """The language model on what `embed` gives, at `positions`; each sees what comes before it.
+    def trunk(self, embedded: torch.Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+        """The language model on what `embed` gives; each sees what comes before it.
 
         Args:
             cache: keys and values of what came before ``embedded``.
         """
-        seen = embedded.shape[1] + (0 if cache is None else cache.get_seq_length())
-        return self.model.text_model(
-            inputs_embeds=embedded,
-            # without a mask, a position that steps back would be taken for the beginning of another sequence
-            attention_mask=torch.ones(len(embedded), seen, dtype=torch.long, device=embedded.device),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=use_cache,
-        )
+        return self.model.text_model(inputs_embeds=embedded, past_key_values=cache, use_cache=use_cache)
 
-    def heads(self, hidden: torch.Tensor, wanted: Sequence[str] = TASKS) -> dict[str, torch.Tensor]:
-        """Hidden states ``[R, H]`` to ``coord`` ``[R, 2]`` and ``done`` ``[R]``, float32 also under autocast."""
+    def heads(
+        self, hidden: torch.Tensor, image: torch.Tensor, wanted: Sequence[str] = TASKS
+    ) -> dict[str, torch.Tensor]:
+        """Hidden states ``[B, S, H]``, and those of the image's tokens ``[B, T, H]``, to ``coord`` ``[B, S, 2]`` and
+        ``done`` ``[B, S]``, float32 also under autocast."""
         out: dict[str, torch.Tensor] = {}
         with torch.autocast(hidden.device.type, enabled=False):
             if "coord" in wanted:
-                out["coord"] = self.coord_head(hidden.float())
+                out["coord"] = self.coord_head(hidden.float(), image.float(), self._centres())
             if "done" in wanted:
-                out["done"] = self.done_head(hidden.float())[:, 0]
+                out["done"] = self.done_head(hidden.float())[..., 0]
         return out
 
     def forward(self, batch: CountingBatch, heads: Sequence[str] = TASKS) -> dict[str, torch.Tensor]:
-        """The heads that are asked for, as `heads` gives them, at the places that are read in the rows of
-        `CountingBatch.only`.
+        """The heads that are asked for at the R places that are read in the rows of `CountingBatch.only`: ``coord``
+        ``[R, 2]``, ``done`` ``[R]``.
 
         Rows are padded at their end, where no position that comes before looks.
         """
         part = batch.only(heads)
-        hidden = self.trunk(self.embed(part), self.positions(part)).last_hidden_state.flatten(0, 1)
-        return self.heads(hidden[part.read_at], heads)
+        hidden = self.trunk(self.embed(part)).last_hidden_state
+        found = self.heads(hidden, self.image_states(hidden, part), heads)
+        return {name: values.flatten(0, 1)[part.read_at] for name, values in found.items()}
+
+    def image_states(self, hidden: torch.Tensor, batch: CountingBatch) -> torch.Tensor:
+        """Of hidden states ``[B, L, H]`` those of the image tokens, ``[B, T, H]``."""
+        return hidden.flatten(0, 1)[batch.visual_at].view(len(hidden), -1, hidden.shape[-1])
 
     def count_labels(self, batch: CountingBatch, tasks: Mapping[str, AnyTask]) -> Counts:
         """The weight of each task's labels, ``[1]``."""

@@ -85,24 +85,24 @@ def _by_tokens(
 ) -> None:
     """Each mark is one more token; keys and values of all before it are kept."""
     batch = _batch(model, prompt, part)
-    embedded, positions = model.embed(batch), model.positions(batch)
-    first = positions.flatten()[batch.visual_at].view(len(part), -1)[:, 0]
+    embedded = model.embed(batch)
     going = [rollout for _, rollout in part]
     cache: Any = None
+    image: torch.Tensor | None = None
     while going:
         between()
-        out = model.trunk(embedded, positions, cache, use_cache=True)
+        out = model.trunk(embedded, cache, use_cache=True)
         cache = out.past_key_values
-        coord = _take(model, out.last_hidden_state[:, -1], going)
+        image = model.image_states(out.last_hidden_state, batch) if image is None else image
+        coord = _take(model, out.last_hidden_state, image, going)
         stay = [row for row, rollout in enumerate(going) if not _is_over(model, rollout, until)]
         if len(stay) < len(going):
             going = [going[row] for row in stay]
             if going:
                 cache.batch_select_indices(torch.tensor(stay, device=coord.device))
-        coord, first = coord[stay], first[stay]
+        coord, image = coord[stay], image[stay]
         _mark(coord, going)
         embedded = model.embed_marks(coord)[:, None].to(embedded.dtype)
-        positions = model.mark_positions(coord, first)[:, None]
 
 
 def _again(
@@ -117,8 +117,9 @@ def _again(
     while going:
         between()
         batch = _batch(model, prompt, going)
-        hidden = model.trunk(model.embed(batch), model.positions(batch)).last_hidden_state
-        coord = _take(model, hidden[:, -1], [rollout for _, rollout in going])
+        hidden = model.trunk(model.embed(batch)).last_hidden_state
+        image = model.image_states(hidden, batch)
+        coord = _take(model, hidden, image, [rollout for _, rollout in going])
         stay = [row for row, (_, rollout) in enumerate(going) if not _is_over(model, rollout, until)]
         going = [going[row] for row in stay]
         _mark(coord[stay], [rollout for _, rollout in going])
@@ -142,12 +143,14 @@ def _batch(
     return prompt.collate(examples, model.config.marks).to(model.device)
 
 
-def _take(model: CountingSmolVLM, hidden: torch.Tensor, going: Sequence[Rollout]) -> torch.Tensor:
-    """Note the probabilities of being done; where the next objects are, ``[B, 2]``."""
-    out = model.heads(hidden)
-    for rollout, done in zip(going, out["done"].sigmoid().tolist(), strict=True):
+def _take(
+    model: CountingSmolVLM, hidden: torch.Tensor, image: torch.Tensor, going: Sequence[Rollout]
+) -> torch.Tensor:
+    """Note the probabilities of being done at the last positions; where the next objects are, ``[B, 2]``."""
+    out = model.heads(hidden[:, -1:], image)
+    for rollout, done in zip(going, out["done"][:, 0].sigmoid().tolist(), strict=True):
         rollout.done.append(done)
-    return out["coord"].clamp(-1, 1)
+    return out["coord"][:, 0].clamp(-1, 1)
 
 
 def _is_over(model: CountingSmolVLM, rollout: Rollout, until: float) -> bool:
