@@ -223,16 +223,25 @@ def _write_predictions(path: Path, scored: Sequence[Scored], about: dict[str, An
 def markdown_table(metrics: dict[str, Any]) -> str:
     """The scores beside the baselines as a table in Markdown, and of what."""
     lines = [["", *TABLE], ["---"] * (len(TABLE) + 1)]
-    lines += [[named(name), *map(said, values)] for name, values in table_rows(metrics, TABLE)]
+    lines += [[name, *map(said, values)] for name, values in named_rows(metrics)]
     about = metrics["about"]
     told = f"{about['images']} {about['split']} images of {about['objects']} objects"
     rows = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
     return f"{rows}\n{told}; errors of the next point are shares of the image's side.\n"
 
 
-def named(predictor: str) -> str:
-    """What a row of the table is called."""
-    return "blind control" if predictor == "blind" else predictor.replace("_", " ")
+def named_rows(metrics: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """The rows of the table, on all images, and where some are crowded or empty, on the others alone."""
+    first, last = FEW
+    rows = table_rows(metrics, TABLE)
+    few = metrics.get(f"up_to_{last}")
+    if few is not None and few["count"]["by_count"] != metrics["count"]["by_count"]:
+        parts = {name: scores[f"up_to_{last}"] for name, scores in metrics["baselines"].items()}
+        apart = few | {"baselines": parts}
+        if "blind" in metrics:
+            apart["blind"] = metrics["blind"][f"up_to_{last}"]
+        rows += [(f"{name}, {first} to {last} objects", values) for name, values in table_rows(apart, TABLE)]
+    return [(name.replace("_", " "), values) for name, values in rows]
 
 
 def said(value: float | None) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.files import write_text
-from training.counting.evaluate import TABLE, Scored, named, said
-from training.evaluate import table_rows
+from training.counting.evaluate import TABLE, Scored, named_rows, said
 
 MOST_PICTURED = 24
 """Images that are shown, the worst first."""
@@ -67,7 +66,7 @@ def write_page(
     told = (
         f"Run {about['run']}, checkpoint {about['checkpoint']}, marks {about['marks']}, seed {about['seed']}."
     )
-    rows = [_row("td", [named(name), *map(said, values)]) for name, values in table_rows(metrics, TABLE)]
+    rows = [_row("td", [name, *map(said, values)]) for name, values in named_rows(metrics)]
     by_count = metrics["count"]["by_count"]
     buckets = [_row("td", [name, str(each["images"]), said(each["mae"])]) for name, each in by_count.items()]
     figures = [_figure(each, picture_of(each)) for each in worst_first(scored)[:MOST_PICTURED]]

@@ -13,10 +13,10 @@ from pipeline.terminal import echo_table
 from schemas.errors import UserError
 from schemas.files import write_text
 from training.counting.counter import Counter, in_pixels, pixels_of
-from training.counting.evaluate import TABLE, Scored, evaluate, markdown_table
+from training.counting.evaluate import TABLE, Scored, evaluate, markdown_table, named_rows
 from training.counting.pictures import as_jpeg, counts_picture, marked, write_marked
 from training.counting.report import write_page
-from training.evaluate import Reports, table_rows
+from training.evaluate import Reports
 
 _LONGER_SIDE = 640  # pixels of a picture in the report
 
@@ -42,7 +42,7 @@ def evaluate_and_tell(
         metrics["blind"] = {key: value for key, value in control.items() if key not in ("baselines", "about")}
     about = metrics["about"]
     typer.echo(f"{about['images']} {about['split']} images of {about['objects']} objects")
-    echo_table(("", *TABLE), [(name, *values) for name, values in table_rows(metrics, TABLE)])
+    echo_table(("", *TABLE), [(name, *values) for name, values in named_rows(metrics)])
     typer.echo("next point: median distance with true marks, as a share of the image's side")
     write_text(reports.file("scores.md"), markdown_table(metrics))
     counts, page = reports.file("counts.png"), reports.file("report.html")
