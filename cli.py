@@ -207,7 +207,7 @@ def inspect(
 @app.command("init-model")
 def init_model(
     preset: Annotated[
-        str, typer.Option(help="tiny, smolvlm2-256m, smolvlm2-500m or smolvlm2-2.2b.")
+        str, typer.Option(help="tiny, tiny-grid, smolvlm2-256m, smolvlm2-500m or smolvlm2-2.2b.")
     ] = "tiny",
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: models/PRESET.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the weights.")] = 0,
@@ -569,7 +569,7 @@ def demo(
         ),
     ] = None,
     sessions: Annotated[
-        int | None, typer.Option(help="Synthetic sessions. Default: 180, of counting 2000.")
+        int | None, typer.Option(help="Synthetic sessions. Default: 180, of counting 4000.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of corpus, weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: the recipe's.")] = None,

@@ -69,7 +69,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
-JOINT = ["train.objective=joint", "train.lr=2e-3"]  # one step of the trunk a round, not two
+# one step of the trunk a round, and one decay, not two of each
+JOINT = ["train.objective=joint", "train.weight_decay=0.01"]
 COUNTING_VARIANTS: dict[str, list[str]] = {
     "joint": JOINT,
     "independent": [],
@@ -79,7 +80,7 @@ COUNTING_VARIANTS: dict[str, list[str]] = {
     "independent, done x100": ["tasks.done.weight=100"],
     "joint, coord x100": [*JOINT, "tasks.coord.weight=100"],
     "independent, coord x100": ["tasks.coord.weight=100"],
-    "blind": [*JOINT, "data.blind=true"],
+    "joint, blind": [*JOINT, "data.blind=true"],
 }
 COUNTING_OBJECTIVES = ["joint", "independent", "independent, shared forward"]
 COUNTING_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -202,7 +203,7 @@ def main() -> None:
         if not (places[name, seed] / "result.json").exists():
             changes = arguments.variants[name]
             objective = name.removesuffix(", done x100").removesuffix(", coord x100")
-            made = steps.get("joint" if name == "blind" else objective, arguments.steps)
+            made = steps.get("joint" if name == "joint, blind" else objective, arguments.steps)
             run_one(arguments, name, changes, seed, made, places[name, seed])
 
     with ThreadPoolExecutor(arguments.at_once) as pool:

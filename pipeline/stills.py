@@ -27,7 +27,7 @@ RADIUS = 12
 """Pixels of the picture's file; a mark is a disc around its point."""
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_KINDS = ("JPEG", "PNG", "WEBP", "BMP")  # of the many of Pillow, some of which start other programs
+KINDS = ("JPEG", "PNG", "WEBP", "BMP")  # of the many of Pillow, some of which start other programs
 _GREEN = np.array([0, 255, 0], np.uint16)
 _TENTHS = 6  # of a mark's colour; the others are the picture's
 _INK = 0
@@ -62,7 +62,7 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         DecodeError: the file is not there, or is no whole picture.
     """
     try:
-        with Image.open(path, formats=_KINDS) as image:
+        with Image.open(path, formats=KINDS) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DecodeError(f"{path} is not there") from None

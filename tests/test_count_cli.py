@@ -292,6 +292,8 @@ def test_what_count_refuses(run: Path, pictures: Path, tmp_path: Path) -> None:
     assert "is not a PNG" in mistake(*fixed, picture, "--out", tmp_path / "out.jpg")
     shutil.copy(pictures / "images_384_VarV2/val0.jpg", tmp_path / "same.png")
     assert "is the picture itself" in mistake(*fixed, tmp_path / "same.png", "--out", tmp_path / "same.png")
+    assert "give a whole JPEG" in mistake(*fixed, Path("."))
+    assert "--what is empty" in mistake(*fixed[:3], "--what", " ", "--image", picture)
     assert "is not a run" in mistake("count", "--run", tmp_path, "--what", "x", "--image", picture)
     young = with_config(run, tmp_path / "young", done_threshold=None)
     arguments = ("--what", "wheels", "--image", picture, "--out", tmp_path / "out.png")

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from tiny_count import ENCODINGS, counter_of, images_of, little
 
-from training.counting import rollout as rollout_module
 from training.counting.data import CountingPrompt, ImageData, full_example
 from training.counting.model import CountingSmolVLM
 from training.counting.rollout import Rollout, Subject, roll_out
@@ -70,20 +69,19 @@ def whole_pass(
 
 @pytest.mark.parametrize("at_once", [64, 2])
 def test_each_mark_of_a_rollout_is_what_a_whole_pass_gives_after_those_before_it(
-    made: Made, at_once: int, monkeypatch: pytest.MonkeyPatch
+    made: Made, at_once: int
 ) -> None:
     """Images of unlike prompts that end after unlike numbers of marks, together and two by two.
 
     Not two rollouts side by side: a model that has learned nothing makes a great difference of a last bit in a mark.
     """
-    monkeypatch.setattr(rollout_module, "IMAGES_AT_ONCE", at_once)
     model, prompt, images = made
     subjects = subjects_of(model, images)
-    free = roll_out(model, prompt, subjects, NEVER)
+    free = roll_out(model, prompt, subjects, NEVER, at_once)
     assert {len(each.marks) for each in free} == {9}
     until = float(np.quantile([max(each.done[:9]) for each in free], 0.6))
     calls: list[int] = []
-    ended = roll_out(model, prompt, subjects, until, lambda: calls.append(1))
+    ended = roll_out(model, prompt, subjects, until, at_once, lambda: calls.append(1))
     assert len({len(each.marks) for each in ended}) > 1
     assert len(calls) >= 10
     for limit, rollouts in ((NEVER, free), (until, ended)):
@@ -120,11 +118,17 @@ def test_a_threshold_below_where_a_rollout_ended_gives_the_count_of_one_that_end
 def test_with_drawn_marks_a_validation_counts_by_the_true_ones(drawn_shards: Path) -> None:
     model, prompt = counter_of(drawn_shards, little("model.marks=drawn"))
     images = images_of(drawn_shards, little("model.marks=drawn"), "val")
-    found = after_true_marks(model, prompt, images)
+    found = after_true_marks(model, prompt, images, 2)
+    most = model.config.max_marks
+    assert most > max(len(image.points) for image in images)
     for image, rollout in zip(images, found, strict=True):
-        assert np.allclose(np.array(rollout.marks).reshape(-1, 2), image.points)
-        assert len(rollout.done) == len(image.points) + 1
-        for number, done in enumerate(rollout.done):
+        count = len(image.points)
+        assert np.allclose(np.array(rollout.marks[:count]).reshape(-1, 2), image.points)
+        assert (len(rollout.marks), rollout.count(NEVER)) == (
+            most,
+            most,
+        )  # one that is never done has not counted right
+        for number, done in enumerate(rollout.done[: count + 1]):
             example = replace(
                 full_example(image, prompt, (1, 0, 0)),
                 features=image.features(number),
@@ -136,6 +140,19 @@ def test_with_drawn_marks_a_validation_counts_by_the_true_ones(drawn_shards: Pat
             with torch.no_grad():
                 alone = model(prompt.collate([example], "drawn"))["done"].sigmoid()
             assert done == pytest.approx(float(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("most", [0, 1, 9])
+def test_with_drawn_marks_a_head_that_is_never_done_counts_to_the_most(drawn_shards: Path, most: int) -> None:
+    model, prompt = counter_of(drawn_shards, little("model.marks=drawn"))
+    images = images_of(drawn_shards, little("model.marks=drawn"), "val")
+    assert {0} < {min(len(image.points), 1) for image in images}
+    model.config.max_marks = most
+    torch.nn.init.zeros_(model.done_head.weight)
+    torch.nn.init.constant_(model.done_head.bias, -10.0)
+    found = after_true_marks(model, prompt, images, 64)
+    assert [rollout.count(0.05) for rollout in found] == [most] * len(images)
+    assert [len(rollout.done) for rollout in found] == [most + 1] * len(images)
 
 
 def test_the_scores_of_a_validation_by_numpy(counting_shards: Path) -> None:

@@ -396,7 +396,7 @@ def test_resume_with_another_recipe_or_other_images_is_refused(
 def test_the_console_has_a_line_an_epoch_with_both_tasks(counting_shards: Path, tmp_path: Path) -> None:
     arguments = ["train", "--shards", str(counting_shards), "--recipe", "counting", "--device", "cpu"]
     arguments += ["--out", str(tmp_path / "run")]
-    for change in ("train.steps=2", "data.batch_images=9", "data.max_marks=5"):
+    for change in ("train.steps=2", "train.eval_every=null", "data.batch_images=9", "data.max_marks=5"):
         arguments += ["--set", change]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -408,3 +408,32 @@ def test_the_console_has_a_line_an_epoch_with_both_tasks(counting_shards: Path, 
         assert "coord 0 of 5" in line or "coord 1 of 5" in line
         assert "done 0 of 5" in line or "done 1 of 5" in line
     assert "best at step" in result.output
+
+
+def test_what_the_recipe_will_not_do_is_said(
+    counting_shards: Path, drawn_shards: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    recipe = little("train.steps=1", "data.max_marks=3")
+    train(counting_shards, recipe, tmp_path / "few", device="cpu", say=told.append)
+    counts = [len(i.points) for split in ("train", "val") for i in images_of(counting_shards, recipe, split)]
+    more = sum(count > 3 for count in counts)
+    assert told == [
+        f"{more} of {len(counts)} images have more objects than data.max_marks=3, where a rollout ends; "
+        f"set it to {max(counts)} or more to count them"
+    ]
+    told.clear()
+    recipe = little("train.steps=1", "model.marks=drawn", "data.mark_noise=0.1")
+    train(drawn_shards, recipe, tmp_path / "drawn", device="cpu", say=told.append)
+    assert told == ["data.mark_noise moves no marks that are drawn in pictures already"]
+
+
+def test_a_head_that_no_task_reaches_is_not_trained(counting_shards: Path) -> None:
+    """Else several processes would wait for its gradient."""
+    config = counter_of(counting_shards, little())[0].config
+    for is_tied in (True, False):
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = is_tied
+        model = CountingSmolVLM(config)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == is_tied
+        assert model.lm_head.weight.requires_grad == is_tied
+        assert model.get_input_embeddings().weight.requires_grad

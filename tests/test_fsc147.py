@@ -65,12 +65,14 @@ def made(tmp_path: Path) -> Path:
         "list.jpg": {"points": {"x": 1}},
         "none.jpg": {"H": 400},
         "nowhere.jpg": {"points": [[1, 1]]},
+        "moving.gif": {"points": [[1, 1]]},
+        "named.jpg": {"points": [[1, 1]]},
         "twice.jpg": {"points": [[1, 1]]},
     }
     splits = {
         "train": ["a.jpg", "edges.jpg", "twice.jpg", "a.jpg", 7],
         "val": ["empty.jpg", "twice.jpg", "broken.jpg", "none.jpg", "list.jpg"],
-        "test": ["gone.jpg", "bare.jpg"],
+        "test": ["gone.jpg", "bare.jpg", "moving.gif", "named.jpg"],
         "val_coco": ["empty.jpg"],
         "spare": ["a.jpg"],
     }
@@ -83,6 +85,8 @@ def made(tmp_path: Path) -> Path:
     for name in ("a.jpg", "edges.jpg", "empty.jpg", "twice.jpg", "none.jpg", "list.jpg", "nowhere.jpg"):
         picture(root, name)
     put(root, f"{PICTURES}/broken.jpg", "no picture")
+    for name in ("moving.gif", "named.jpg"):  # which the cache would take for a video, and not open
+        Image.new("RGB", (20, 10)).save(root / PICTURES / name, "GIF")
     return root
 
 
@@ -141,6 +145,8 @@ def test_what_is_wrong_is_a_reject(made: Path, tmp_path: Path) -> None:
             *((ANNOTATIONS, f"edges.jpg, point {number}", reason) for number, reason in points),
             (ANNOTATIONS, "gone.jpg", "image is not there"),
             ("broken.jpg", "header", "image cannot be opened"),
+            ("named.jpg", "header", "image cannot be opened"),
+            (ANNOTATIONS, "moving.gif", "not a JPEG, PNG, WebP or BMP"),
             (ANNOTATIONS, "list.jpg", "no points"),
             (ANNOTATIONS, "none.jpg", "no points"),
             (ANNOTATIONS, "nowhere.jpg", "in no split"),
@@ -243,7 +249,7 @@ def test_options_that_do_not_fit(made: Path, tmp_path: Path, arguments: list[str
             r"annotation_FSC147_384\.json is not a table by name but '\[1, 2\]'; fetch it",
         ),
         (ANNOTATIONS, '{"a.jpg": {"poi', r"annotation_FSC147_384\.json is not whole JSON"),
-        (SPLITS, "{}", r"gave no session; what was read and not used: in no split \(9\)"),
+        (SPLITS, "{}", r"gave no session; what was read and not used: in no split \(11\)"),
     ],
 )
 def test_files_that_cannot_be_used(

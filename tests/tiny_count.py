@@ -36,6 +36,8 @@ SMALL = (
     "train.steps=6",
     "train.warmup_steps=2",
     "train.lr=1e-3",
+    "train.eval_every=null",
+    "data.mark_noise=0",
     "data.batch_images=4",
     "data.max_marks=9",
 )

@@ -72,7 +72,7 @@ def demo(
     )
     _stage("1/6 sample: a synthetic corpus in its official layout")
     with progress("files") as bar:
-        number = sessions or kind.sessions
+        number = kind.sessions if sessions is None else sessions
         write_sample(kind.source, corpus, number, seed, on_plan=bar.start, on_file=lambda: bar.advance(1))
     typer.echo(f"{number} sessions in {corpus}")
     _stage("2/6 prepare: annotations to label tables")
@@ -86,8 +86,8 @@ def demo(
     _stage("4/6 train")
     run, blind = out / "runs" / kind.recipe, out / "runs/blind"
     train_and_tell(str(shards), any_recipe(kind.recipe, changes), run, "cpu", resume=False)
-    _stage("5/6 train the blind control: the same, with all features zero")
     part = max(1, any_recipe(kind.recipe, changes).train.steps // kind.control)
+    _stage(f"5/6 train the blind control: the same for {part} steps, with all features zero")
     control = any_recipe(kind.recipe, [*changes, f"train.steps={part}", "data.blind=true"])
     train_and_tell(str(shards), control, blind, "cpu", resume=False)
     _stage("6/6 evaluate on the held-out test part")

@@ -34,6 +34,7 @@ class Dialog:
         UserError: the cache has no train or val part, or nothing happens in the latter.
     """
 
+    notes: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ("speaking_threshold", "dst_update_threshold", "min_gap_ticks")
 
     def __init__(self, builder: SequenceBuilder, recipe: Recipe, cache: ShardCache) -> None:

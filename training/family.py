@@ -38,12 +38,14 @@ class Family(Protocol):
         chosen: values of the model's config that a validation chooses.
         scores: what a validation measures.
         data_key: changes when the data does, not when its cache is moved.
+        notes: what the user should know before it starts, a sentence each.
     """
 
     tokenizer: Any
     chosen: tuple[str, ...]
     scores: tuple[str, ...]
     data_key: str
+    notes: tuple[str, ...]
 
     def steps(self, start: Position, rank: int, ranks: int) -> Steps[Any]:
         """All steps from a position on, without end, as one rank sees them."""

@@ -191,10 +191,14 @@ class Objective(ABC):
         stacked = torch.stack(list(sums.values()))
         all_ranks = self.accelerator.reduce(stacked, "sum")
         if not torch.isfinite(all_ranks).all():
-            wrong = [name for name, loss in zip(sums, all_ranks, strict=True) if not torch.isfinite(loss)]
+            wrong = [
+                n
+                for n, loss in zip(sums, all_ranks, strict=True)
+                if n in self.tasks and not torch.isfinite(loss)
+            ]
             here = not bool(torch.isfinite(stacked).all())
-            windows = [name for batch in passes for name in batch.names]
-            place = f"in the windows {_few(windows)}" if here else "on another rank, which names the windows"
+            names = [name for batch in passes for name in batch.names]
+            place = f"in {_few(names)}" if here else "on another rank, which says where"
             raise UserError(f"the loss of {', '.join(wrong)} is not a number {place}; {_NOT_A_NUMBER}")
         return dict(zip(sums, all_ranks, strict=True))
 

@@ -73,6 +73,8 @@ def train(
             raise UserError(
                 f"{out} has checkpoints but no {latest.name}, so it cannot be resumed; give another --out"
             )
+        for note in family.notes:
+            say(note)
         objective = _objective(accelerator, model, recipe, device)
         run = Run(accelerator, objective, family, recipe, selection, out, on_step)
         if state is not None:

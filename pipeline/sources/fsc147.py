@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from data_manifests import load_manifest
 from pipeline.sources.common import read_json, safe_id
 from pipeline.sources.tables import table_rows
+from pipeline.stills import KINDS, is_picture
 from schemas.errors import UserError
 from schemas.records import Picture, Point, Rejects, Split
 from schemas.states import SourceRow
@@ -158,8 +159,11 @@ def _size(path: Path, row: SourceRow, rejects: Rejects) -> tuple[int, int] | Non
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         rejects.add(*row, "image is not there", path)
         return None
+    if not is_picture(str(path)):  # else the cache would take it for a video
+        rejects.add(*row, "not a JPEG, PNG, WebP or BMP", path)
+        return None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=KINDS) as image:
             width, height = image.size
             lies = image.getexif().get(ExifTags.Base.Orientation) in _LYING
             return (height, width) if lies else (width, height)

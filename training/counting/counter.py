@@ -187,6 +187,8 @@ def pixels_of(image: Picture) -> NDArray[np.uint8]:
             return read_picture(image)
         except DecodeError as error:
             raise UserError(f"{error}; give a whole JPEG, PNG, WebP or BMP picture") from None
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"a picture is a path, or RGB uint8 [H, W, 3], not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"a picture is RGB uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     return image
@@ -195,7 +197,13 @@ def pixels_of(image: Picture) -> NDArray[np.uint8]:
 def _as_places(marks: Sequence[Point], picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Pixels to -1..1, ``[k, 2]``."""
     height, width = picture.shape[:2]
-    pixels = np.array(marks, np.float64).reshape(-1, 2)
+    try:
+        pixels = np.array(marks, np.float64)
+    except (TypeError, ValueError):
+        pixels = np.empty(0)
+    if len(marks) and pixels.shape != (len(marks), 2):
+        raise UserError(f"marks are pairs of x and y in pixels, not {str(list(marks))[:80]}")
+    pixels = pixels.reshape(-1, 2)
     inside = ((pixels >= 0) & (pixels <= (width, height))).all(1)
     if not inside.all():
         number = int(np.flatnonzero(~inside)[0])

@@ -25,7 +25,7 @@ from training.counting.data import CountingPrompt, ImageData, load_images
 from training.counting.metrics import Guided, coord_scores, count_scores, score
 from training.counting.model import CountingSmolVLM
 from training.counting.rollout import Rollout, Subject, roll_out
-from training.counting.validation import guide
+from training.counting.validation import at_once, guide
 from training.evaluate import Reports, cache_of, require_its_tower, table_rows
 from training.model import load_checkpoint
 from training.runs import counting_recipe
@@ -72,7 +72,7 @@ class Scored:
 
     @property
     def predicted(self) -> int:
-        return len(self.rollout.marks)  # it has ended where it believed to be done
+        return len(self.rollout.marks)  # it has ended where it believed to be done, or may make no more
 
 
 def evaluate(
@@ -103,9 +103,8 @@ def evaluate(
     model = load_checkpoint(CountingSmolVLM, folder).to(device)
     threshold = threshold_of(model)
     _require_its_features(cache, model.config)
-    images, training = (
-        load_images(cache, part, recipe.model.marks, recipe.data.blind) for part in (split, "train")
-    )
+    images = load_images(cache, split, recipe.model.marks, recipe.data.blind)
+    training = load_images(ShardCache(cache_of(run)), "train", recipe.model.marks)
     prompt = CountingPrompt.of(folder)
     if recipe.model.marks == "drawn" and not recipe.data.blind:
         counter = Counter(model, prompt, encoder_of(folder, model, device, model.config.tiles))
@@ -113,7 +112,7 @@ def evaluate(
     else:
         subjects = [_as_cached(image) for image in images]
     guided, _ = guide(model, prompt, images, recipe)
-    rollouts = roll_out(model, prompt, subjects, until=threshold)
+    rollouts = roll_out(model, prompt, subjects, until=threshold, at_once=at_once(recipe))
     scored = [Scored(*each) for each in zip(images, guided, rollouts, strict=True)]
     about = {
         "run": str(run),
@@ -121,6 +120,7 @@ def evaluate(
         "split": split,
         "images": len(images),
         "objects": sum(each.count for each in scored),
+        "cut_off": sum(each.rollout.done[-1] < threshold for each in scored),
         "marks": recipe.model.marks,
         "blind": recipe.data.blind,
         "seed": recipe.train.seed,

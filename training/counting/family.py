@@ -67,6 +67,7 @@ class Counting:
                     "prepare and cache some that have"
                 )
         self.data_key = _data_key(self.training + self.validation)
+        self.notes = _notes(self.training + self.validation, recipe)
 
     def steps(self, start: Position, rank: int, ranks: int) -> CountingSteps:
         return CountingSteps(self.training, self.prompt, self.recipe, start, rank, ranks)
@@ -154,6 +155,21 @@ class CountingSteps(Steps[list[tuple[int, int]]]):
         else:
             found = list(sampled_examples(image, self.prompt, shares, marks, rng).values())
         return [noisy(example, noise, rng) for example in found] if noise else found
+
+
+def _notes(images: Sequence[ImageData], recipe: CountingRecipe) -> tuple[str, ...]:
+    """What the recipe will not do that a user may expect of it."""
+    counts = [len(image.points) for image in images]
+    more = sum(count > recipe.data.max_marks for count in counts)
+    notes = []
+    if more:
+        notes.append(
+            f"{more} of {len(counts)} images have more objects than data.max_marks={recipe.data.max_marks}, where a "
+            f"rollout ends; set it to {max(counts)} or more to count them"
+        )
+    if recipe.model.marks == "drawn" and recipe.data.mark_noise:
+        notes.append("data.mark_noise moves no marks that are drawn in pictures already")
+    return tuple(notes)
 
 
 def _data_key(images: Sequence[ImageData]) -> str:

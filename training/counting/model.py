@@ -143,6 +143,10 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
         self.coord_head = CoordHead(width)
         self.done_head = nn.Linear(width, 1)
         self.post_init()
+        if (
+            not config.tie_word_embeddings
+        ):  # no task reaches it, and several processes would wait for its gradient
+            self.lm_head.requires_grad_(False)
 
     def embed(self, batch: CountingBatch) -> torch.Tensor:
         """Prompt, image and marks as the language model takes them: ``[B, L, H]``."""

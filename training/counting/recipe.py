@@ -80,6 +80,7 @@ class CountingTrainSettings(TrainSettings):
     """Objective, length, and what it runs in."""
 
     objective: Objective = "independent"  # an optimizer a task: losses of any scale do not meet
+    weight_decay: NotNegative = 0.005  # half of what one optimizer has: each of the two decays the trunk
     eval_every: Count | None = None  # at the end of each epoch
 
 

@@ -16,7 +16,7 @@ from training.counting.data import CountingPrompt
 from training.counting.model import CountingSmolVLM
 
 IMAGES_AT_ONCE = 64
-"""Images that advance together."""
+"""Images of a pass, where no recipe says how many there is room for."""
 
 SURE = 0.95
 """Probability of being done after which a rollout goes no further: thresholds are chosen below it."""
@@ -54,12 +54,14 @@ def roll_out(
     prompt: CountingPrompt,
     subjects: Sequence[Subject],
     until: float = SURE,
+    at_once: int = IMAGES_AT_ONCE,
     between: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
     """Count in each image, from no mark on.
 
     Args:
         until: probability of being done from which an image is over; ``max_marks`` of the model's config ends it, too.
+        at_once: images that advance together.
         between: called before each pass.
     """
     model.eval()
@@ -69,8 +71,8 @@ def roll_out(
     advance = _by_tokens if model.config.marks == "mark_tokens" else _again
     for _, alike in groupby(order, key=lambda index: lengths[index]):  # nothing is padded
         indices = list(alike)
-        for first in range(0, len(indices), IMAGES_AT_ONCE):
-            part = indices[first : first + IMAGES_AT_ONCE]
+        for first in range(0, len(indices), at_once):
+            part = indices[first : first + at_once]
             chosen = [(subjects[index], rollouts[index]) for index in part]
             advance(model, prompt, chosen, until, between)
     return rollouts

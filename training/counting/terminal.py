@@ -44,6 +44,11 @@ def evaluate_and_tell(
     typer.echo(f"{about['images']} {about['split']} images of {about['objects']} objects")
     echo_table(("", *TABLE), [(name, *values) for name, values in named_rows(metrics)])
     typer.echo("next point: median distance with true marks, as a share of the image's side")
+    if about["cut_off"]:
+        typer.echo(
+            f"{about['cut_off']} images ended at data.max_marks of the recipe, and were not believed to be done",
+            err=True,
+        )
     write_text(reports.file("scores.md"), markdown_table(metrics))
     counts, page = reports.file("counts.png"), reports.file("report.html")
     counts_picture(scored, counts, f"{about['images']} {about['split']} images")
@@ -84,16 +89,19 @@ def count_and_tell(run: Path, image: Path, what: str, out: Path | None, checkpoi
     Raises:
         UserError: as `training.counting.counter.Counter` and `write_marked`, or ``out`` is no PNG or the picture.
     """
+    if not what.strip():
+        raise UserError("--what is empty; name what to count, as a category of the training part")
+    picture = pixels_of(image)
     out = out or image.with_name(f"{image.stem}-counted.png")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is not a PNG; give a name that ends in .png")
     if out.resolve() == image.resolve():
         raise UserError(f"--out {out} is the picture itself; give another name")
-    picture = pixels_of(image)
     counter = Counter.load(run, checkpoint, device)
     counted = counter.count(picture, what)
     write_marked(picture, counted.marks, out)
-    typer.echo(f"{counted.count} {what}; each with its number in {out}")
+    where = f"each with its number in {out}" if counted.count else f"the picture is in {out}"
+    typer.echo(f"{counted.count} {what}; {where}")
     if counted.is_cut_off:
         typer.echo(
             f"there may be more: it ended at {counted.count} marks, the data.max_marks of its recipe, and does not "

@@ -19,13 +19,10 @@ from training.counting.data import (
     sampled_examples,
 )
 from training.counting.metrics import Guided, best_done_threshold, count_scores
-from training.counting.model import TASKS, CountingSmolVLM, wanted_places
+from training.counting.model import TASKS, CountingSmolVLM
 from training.counting.recipe import CountingRecipe
-from training.counting.rollout import Rollout, Subject, roll_out
+from training.counting.rollout import IMAGES_AT_ONCE, Rollout, Subject, roll_out
 from training.ranks import dealt, from_all, in_turn
-
-IMAGES_AT_ONCE = 64
-"""Images of a pass with true marks."""
 
 
 def validate(
@@ -41,9 +38,10 @@ def validate(
     Each process takes its share of the images, and all get the same scores.
 
     Returns:
-        ``val/loss_*`` with true marks, ``val/coord_error`` (`training.counting.metrics.score`), ``val/done_f1`` over
-        numbers of marks, ``val/count_mae`` of rollouts. Drawn marks cannot be rolled out without the vision tower:
-        there the count is the number of true marks after which it first believes to be done.
+        ``val/loss_*`` with true marks, ``val/coord_error`` (median distance to the next object, whatever the target of
+        the loss), ``val/done_f1`` over numbers of marks, ``val/count_mae`` of rollouts. Drawn marks cannot be rolled
+        out without the vision tower: there the count is the number of true marks after which it first believes to be
+        done.
     """
     own = dealt(images, accelerator)
     shares = from_all(accelerator, lambda: _look(model, prompt, own, recipe, between))
@@ -53,7 +51,8 @@ def validate(
     threshold = best_done_threshold(rollouts, counts)
     model.config.done_threshold = threshold
     sums = {
-        name: sum(share[2][name] for share in shares) for name in (*_LOSSES, "coord_weight", "done_weight")
+        name: sum(share[2].get(name, 0.0) for share in shares)  # a process without images has none
+        for name in (*_LOSSES, "coord_weight", "done_weight")
     }
     is_end = np.concatenate([each.marked == each.count for each in guided])
     said = np.concatenate([each.done for each in guided]) >= threshold
@@ -82,9 +81,9 @@ def _look(
 ) -> tuple[list[Guided], list[Rollout], dict[str, float]]:
     guided, sums = guide(model, prompt, images, recipe, between)
     if model.config.marks == "drawn":
-        return guided, after_true_marks(model, prompt, images, between), sums
+        return guided, after_true_marks(model, prompt, images, at_once(recipe), between), sums
     subjects = [Subject(image.goal, lambda marks, image=image: image.features()) for image in images]  # type: ignore[misc]
-    return guided, roll_out(model, prompt, subjects, between=between), sums
+    return guided, roll_out(model, prompt, subjects, at_once=at_once(recipe), between=between), sums
 
 
 @torch.inference_mode()
@@ -105,16 +104,16 @@ def guide(
     tasks = {name: getattr(recipe.tasks, name) for name in TASKS}
     sums: Counter[str] = Counter()
     found: list[Guided] = []
-    for first in range(0, len(images), IMAGES_AT_ONCE):
+    for first in range(0, len(images), at_once(recipe)):
         between()
-        part = images[first : first + IMAGES_AT_ONCE]
+        part = images[first : first + at_once(recipe)]
         rows = [_listed(image, prompt, recipe) for image in part]
         batch = prompt.collate(list(chain.from_iterable(rows)), recipe.model.marks).to(model.device)
         outputs = model(batch)
         undivided = {name: torch.ones(1, device=model.device) for name in TASKS}
         sums.update({k: float(v) for k, v in model.task_losses(outputs, batch, tasks, undivided).items()})
         sums.update({f"{name}_weight": float(getattr(batch, f"{name}_weight").sum()) for name in TASKS})
-        away = outputs["coord"] - wanted_places(outputs["coord"], batch, recipe.tasks.coord)
+        away = outputs["coord"] - batch.coord  # the next object, whatever the loss takes for its target
         error, done = away.norm(dim=-1).cpu().numpy() / 2, outputs["done"].sigmoid().cpu().numpy()
         marked = batch.marked.cpu().numpy()
         owner = np.repeat(np.arange(len(part)), [len(each) for each in rows])[batch.row_of_read.cpu().numpy()]
@@ -122,6 +121,11 @@ def guide(
             here, count = owner == number, len(image.points)
             found.append(Guided(error[here & (marked < count)], done[here], marked[here], count))
     return found, dict(sums)
+
+
+def at_once(recipe: CountingRecipe) -> int:
+    """Images of a pass: as many as of one in training, where the recipe says so."""
+    return recipe.data.images_at_once or IMAGES_AT_ONCE
 
 
 def _listed(image: ImageData, prompt: CountingPrompt, recipe: CountingRecipe) -> list[CountingExample]:
@@ -138,19 +142,25 @@ def after_true_marks(
     model: CountingSmolVLM,
     prompt: CountingPrompt,
     images: Sequence[ImageData],
+    rows_at_once: int,
     between: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
-    """For drawn marks, what the done head says after each true one, as if the marks had been its own."""
+    """For drawn marks, what the done head says after each true one, as if the marks had been its own; where it is never
+    done, they go on to ``max_marks`` of the model's config.
+    """
     model.eval()
     found = []
     none = np.zeros(1, np.float32)
     for image in images:
-        between()
-        rows = [
-            marked_example(image, prompt, "drawn", number, none, none)
-            for number in range(len(image.points) + 1)
-        ]
-        outputs = model(prompt.collate(rows, "drawn").to(model.device))
-        marks = [(float(x), float(y)) for x, y in image.points]
-        found.append(Rollout(marks, outputs["done"].sigmoid().tolist()))
+        done: list[float] = []
+        numbers = range(len(image.points) + 1)
+        for first in range(0, len(numbers), rows_at_once):
+            between()
+            part = numbers[first : first + rows_at_once]
+            rows = [marked_example(image, prompt, "drawn", number, none, none) for number in part]
+            done += model(prompt.collate(rows, "drawn").to(model.device))["done"].sigmoid().tolist()
+        most = model.config.max_marks
+        marks = [(float(x), float(y)) for x, y in image.points][:most]
+        more = most - len(marks)
+        found.append(Rollout(marks + [(0.0, 0.0)] * more, done[: most + 1] + [0.0] * more))
     return found
