@@ -434,7 +434,9 @@ def evaluate(
 def count(
     run: Annotated[Path, typer.Option(help="A run of counting, made by dst train.")],
     image: Annotated[Path, typer.Option(help="A JPEG, PNG, WebP or BMP picture.")],
-    what: Annotated[str, typer.Option(help="What to count in it, as a category of the training part.")],
+    what: Annotated[
+        str | None, typer.Option(help="A category of the training part. Default: the only one, if it is.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The picture with marks, a PNG. Default: IMAGE-counted.png beside it.")
     ] = None,

@@ -264,6 +264,9 @@ def test_count_writes_the_numbered_marks(run: Path, pictures: Path, tmp_path: Pa
     before = out.read_bytes()
     assert dst(*fixed, "--out", tmp_path / "new/other.png").exit_code == 0
     assert (tmp_path / "new/other.png").read_bytes() == before
+    assert result.stderr == ""
+    unknown = dst(*(each if each != "wheels" else "wheel" for each in fixed))
+    assert "'wheel' is none of the categories it was trained on; nearest: wheels" in unknown.stderr
 
 
 def test_count_tells_when_it_is_unsure(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -293,7 +296,10 @@ def test_what_count_refuses(run: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copy(pictures / "images_384_VarV2/val0.jpg", tmp_path / "same.png")
     assert "is the picture itself" in mistake(*fixed, tmp_path / "same.png", "--out", tmp_path / "same.png")
     assert "give a whole JPEG" in mistake(*fixed, Path("."))
-    assert "--what is empty" in mistake(*fixed[:3], "--what", " ", "--image", picture)
+    for nothing in ((), ("--what", " ")):
+        line = mistake(*fixed[:3], *nothing, "--image", picture, "--out", tmp_path / "out.png")
+        assert "categories, such as " in line
+        assert "name the one to count" in line
     assert "is not a run" in mistake("count", "--run", tmp_path, "--what", "x", "--image", picture)
     young = with_config(run, tmp_path / "young", done_threshold=None)
     arguments = ("--what", "wheels", "--image", picture, "--out", tmp_path / "out.png")

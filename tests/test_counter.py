@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_count import ENCODINGS, counter_of, counting_cache, images_of, little, write_pictures
+from tiny_count import CATEGORIES, ENCODINGS, counter_of, counting_cache, images_of, little, write_pictures
 
 from pipeline.cache import cache_features
 from pipeline.encode import EncoderSpec
@@ -150,6 +150,21 @@ def test_places_are_pixels_of_the_picture(caches: dict[str, Path], tiny_model: P
     with torch.no_grad():
         head.offset.bias.copy_(torch.tensor([3.0, -7.0]) / head.REACH)
     assert counter.predict_coordinates(picture, [(80, 0)], "pears") == (80.0, 0.0)
+
+
+def test_what_to_count_may_be_left_away_of_one_category(caches: dict[str, Path], tiny_model: Path) -> None:
+    counter, _ = untrained(caches, "mark_tokens", tiny_model)
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    assert len(counter.model.config.goals) == len(set(CATEGORIES)) > 1
+    with pytest.raises(
+        UserError, match="trained on 3 categories, such as blue bars, red discs, wheels; name the"
+    ):
+        counter.predict(picture, [])
+    with pytest.raises(UserError, match="name the one to count"):
+        counter.predict_done(picture, [], " ")
+    counter.model.config.goals = ["pears"]
+    assert counter.predict(picture, []) == counter.predict(picture, [], "pears")
+    assert counter.predict(picture, []) != counter.predict(picture, [], "apples")
 
 
 def test_tiles_are_those_of_the_cache(caches: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ class Counter:
         counter.predict_coordinates("discs.jpg", [(31, 40), (102, 38)], "red discs")
 
     Marks are x and y in pixels of the picture, in the order they were made. Pictures go the way of the feature cache
-    that it was trained on, so that it says of them what it says of the cache.
+    that it was trained on, so that it says of them what it says of the cache. What to count may be left away where it
+    was trained on one category.
     """
 
     def __init__(self, model: CountingSmolVLM, prompt: CountingPrompt, encoder: VisionEncoder) -> None:
@@ -84,7 +85,9 @@ class Counter:
         """Objects that a picture has room for; of more, several share a token."""
         return int(CROWDED * self.model.config.cached_tokens)
 
-    def predict_coordinates(self, image: Picture, marks: Sequence[Point], what: str) -> tuple[float, float]:
+    def predict_coordinates(
+        self, image: Picture, marks: Sequence[Point], what: str | None = None
+    ) -> tuple[float, float]:
         """Where the next object is, x and y in pixels.
 
         Raises:
@@ -94,7 +97,7 @@ class Counter:
         out = self._look(picture, marks, what, ("coord",))
         return in_pixels(out["coord"][0].clamp(-1, 1).tolist(), picture)
 
-    def predict_done(self, image: Picture, marks: Sequence[Point], what: str) -> float:
+    def predict_done(self, image: Picture, marks: Sequence[Point], what: str | None = None) -> float:
         """The probability that all objects are marked.
 
         Raises:
@@ -102,7 +105,9 @@ class Counter:
         """
         return float(self._look(pixels_of(image), marks, what, ("done",))["done"].sigmoid())
 
-    def predict(self, image: Picture, marks: Sequence[Point], what: str) -> tuple[tuple[float, float], float]:
+    def predict(
+        self, image: Picture, marks: Sequence[Point], what: str | None = None
+    ) -> tuple[tuple[float, float], float]:
         """`predict_coordinates` and `predict_done` in one pass.
 
         Raises:
@@ -113,16 +118,33 @@ class Counter:
         place = in_pixels(out["coord"][0].clamp(-1, 1).tolist(), picture)
         return place, float(out["done"].sigmoid())
 
-    def count(self, image: Picture, what: str) -> Counted:
+    def count(self, image: Picture, what: str | None = None) -> Counted:
         """Mark one object after the other, until all are believed to be marked, or ``max_marks`` of its recipe.
 
         Raises:
             UserError: no picture, or a checkpoint from before the first validation.
         """
         threshold, picture = threshold_of(self.model), pixels_of(image)
-        [rollout] = roll_out(self.model, self.prompt, [self.subject(picture, what)], until=threshold)
+        [rollout] = roll_out(
+            self.model, self.prompt, [self.subject(picture, self.category(what))], until=threshold
+        )
         marks = [in_pixels(mark, picture) for mark in rollout.marks]
         return Counted(marks, rollout.done, is_cut_off=rollout.done[-1] < threshold)
+
+    def category(self, what: str | None) -> str:
+        """What to count: as given, or the only category it was trained on.
+
+        Raises:
+            UserError: nothing was given, and there are several.
+        """
+        if what is not None and what.strip():
+            return what
+        goals = self.model.config.goals or []
+        if what is None and len(goals) == 1:
+            return goals[0]
+        raise UserError(
+            f"it was trained on {len(goals)} categories, such as {', '.join(goals[:3])}; name the one to count"
+        )
 
     def subject(self, image: Picture, what: str) -> Subject:
         """A picture to roll out on; one that is given by its path is read each time it is looked at."""
@@ -142,11 +164,11 @@ class Counter:
 
     @torch.inference_mode()
     def _look(
-        self, picture: NDArray[np.uint8], marks: Sequence[Point], what: str, heads: Sequence[str]
+        self, picture: NDArray[np.uint8], marks: Sequence[Point], what: str | None, heads: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         places = _as_places(marks, picture)
         drawn = self.model.config.marks == "drawn"
-        before, after = self.prompt.write(what)
+        before, after = self.prompt.write(self.category(what))
         no_label = np.zeros(1, np.float32)
         example = CountingExample(
             name="",

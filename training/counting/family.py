@@ -84,17 +84,18 @@ def build_counter(recipe: CountingRecipe, cache: ShardCache) -> tuple[CountingSm
     """
     fingerprint = cache.fingerprint
     folder, vision = backbone_of(recipe.model.init, cache)
+    images = load_images(cache, "train", recipe.model.marks, recipe.data.blind)
     changes: dict[str, Any] = {
         "visual_adapter": recipe.model.visual_adapter,
         "cached_tokens": fingerprint.tokens_per_frame,
         "marks": recipe.model.marks,
         "tiles": fingerprint.tiles,
         "max_marks": recipe.data.max_marks,
+        "goals": sorted({image.goal for image in images}),
         "vision": vision,
     }
     model = from_backbone(CountingSmolVLM, folder, changes, recipe.train.seed)
     if recipe.model.visual_adapter == "project":
-        images = load_images(cache, "train", recipe.model.marks, recipe.data.blind)
         some = np.random.default_rng(recipe.train.seed).permutation(len(images))[:MEASURED]
         features = np.stack([images[index].features() for index in sorted(some)])
         adapter = model.visual_adapter

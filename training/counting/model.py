@@ -31,6 +31,7 @@ class CountingSmolVLMConfig(SmolVLMConfig):
         tiles: pieces of an image's side that were encoded one by one.
         done_threshold: probability from which all objects are marked; chosen on the validation part.
         max_marks: a rollout stops there.
+        goals: the categories of the training part.
         vision: as of `training.model.DSTSmolVLMConfig`.
     """
 
@@ -43,6 +44,7 @@ class CountingSmolVLMConfig(SmolVLMConfig):
     with_vision: bool = False
     done_threshold: float | None = None
     max_marks: int = 100
+    goals: list[str] | None = None
     vision: dict[str, str] | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,18 @@ def _pictured(each: Scored, gone: list[str]) -> bytes | None:
     return as_jpeg(marked(picture, marks, points, _LONGER_SIDE))
 
 
-def count_and_tell(run: Path, image: Path, what: str, out: Path | None, checkpoint: str, device: str) -> None:
+def count_and_tell(
+    run: Path, image: Path, what: str | None, out: Path | None, checkpoint: str, device: str
+) -> None:
     """Count in a picture, print how many there are, and write the picture with numbered marks.
 
     Args:
+        what: None takes the only category of the training part.
         out: a PNG; None puts it beside the picture.
 
     Raises:
         UserError: as `training.counting.counter.Counter` and `write_marked`, or ``out`` is no PNG or the picture.
     """
-    if not what.strip():
-        raise UserError("--what is empty; name what to count, as a category of the training part")
     picture = pixels_of(image)
     out = out or image.with_name(f"{image.stem}-counted.png")
     if out.suffix.lower() != ".png":
@@ -98,10 +100,14 @@ def count_and_tell(run: Path, image: Path, what: str, out: Path | None, checkpoi
     if out.resolve() == image.resolve():
         raise UserError(f"--out {out} is the picture itself; give another name")
     counter = Counter.load(run, checkpoint, device)
-    counted = counter.count(picture, what)
+    category, goals = counter.category(what), counter.model.config.goals or []
+    if category not in goals:
+        near = ", ".join(difflib.get_close_matches(category, goals, n=3, cutoff=0))
+        typer.echo(f"{category!r} is none of the categories it was trained on; nearest: {near}", err=True)
+    counted = counter.count(picture, category)
     write_marked(picture, counted.marks, out)
     where = f"each with its number in {out}" if counted.count else f"the picture is in {out}"
-    typer.echo(f"{counted.count} {what}; {where}")
+    typer.echo(f"{counted.count} {category}; {where}")
     if counted.is_cut_off:
         typer.echo(
             f"there may be more: it ended at {counted.count} marks, the data.max_marks of its recipe, and does not "
