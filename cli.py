@@ -54,7 +54,7 @@ def sample(
     sessions: Annotated[
         int, typer.Option(help="Sessions to make; most videos hold two, a picture is one.")
     ] = 180,
-    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything random.")] = 0,
 ) -> None:
     """Write a synthetic corpus in a corpus' official layout, real H.264 videos or pictures included.
 
@@ -573,7 +573,7 @@ def demo(
     sessions: Annotated[
         int | None, typer.Option(help="Synthetic sessions. Default: 180, of counting 4000.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of corpus, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of corpus, weights and order.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: the recipe's.")] = None,
 ) -> None:
     """All stages on a synthetic corpus on the CPU, with a blind control: watch the system learn.

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,8 +63,12 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         DecodeError: the file is not there, or is no whole picture.
     """
     try:
-        with Image.open(path, formats=KINDS) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # of half as many pixels as are refused
+            with Image.open(path, formats=KINDS) as image:
+                return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DecodeError(f"{path} is not there") from None
     except UnidentifiedImageError:
