@@ -713,6 +713,8 @@ def test_init_model_replaces_a_checkpoint_and_nothing_else(tiny_model: Path, tmp
     with pytest.raises(UserError, match="exists and is not a checkpoint; give another --out"):
         init_model("tiny", tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
-    with pytest.raises(UserError, match="unknown preset 'huge'; choose one of tiny, tiny-grid, smolvlm2-256m"):
+    with pytest.raises(
+        UserError, match="unknown preset 'huge'; choose one of tiny, tiny-grid, smolvlm2-256m"
+    ):
         init_model("huge", tmp_path / "huge")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
