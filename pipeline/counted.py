@@ -7,10 +7,9 @@ from typing import Any
 
 from pipeline.align import Aligned
 from schemas.clock import Clock
+from schemas.points import READING_ROW_PX
 from schemas.records import Marks, Picture, Point, Video
 from schemas.tables import table_of
-
-_ROW_PX = 50  # objects that lie together in a band of this height are read from left to right
 
 
 def counted(picture: Picture, clock: Clock, marks: Marks) -> tuple[Video, Aligned]:
@@ -34,8 +33,8 @@ def counted(picture: Picture, clock: Clock, marks: Marks) -> tuple[Video, Aligne
 
 
 def reading_order(points: Iterable[Point]) -> list[Point]:
-    """From top to bottom in bands of 50 pixels, in each from left to right."""
-    return sorted(points, key=lambda point: (point.y // _ROW_PX, point.x))
+    """From top to bottom in bands of `READING_ROW_PX`, in each from left to right."""
+    return sorted(points, key=lambda point: (point.y // READING_ROW_PX, point.x))
 
 
 def _session_row(picture: Picture, clock: Clock, last_tick: int) -> dict[str, Any]:

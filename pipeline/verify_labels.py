@@ -19,11 +19,11 @@ from pipeline.stills import marks_sha256
 from pipeline.verify_vision import at_ticks
 from schemas.clock import Clock
 from schemas.errors import UserError
+from schemas.points import READING_ROW_PX
 from schemas.states import COMPLETED, Step, TimestampToStateConverter, transitions_between
 from schemas.tables import SPLITS
 
 _PARTS = ("frames", "meta", "points", "steps", "turns")
-_ROW_PX = 50  # of reading order
 
 
 class LabelCheck:
@@ -208,7 +208,7 @@ def _check_points(session: LabelledSession, points: list[dict[str, Any]]) -> Ite
     if not all(math.isfinite(row[name]) for row in points for name in ("x_px", "y_px")):
         yield "its points have pixels that are no numbers"
     elif any(_place(row) > _place(after) for row, after in itertools.pairwise(points)):
-        yield f"its points are not in reading order, by rows of {_ROW_PX} pixels"
+        yield f"its points are not in reading order, by rows of {READING_ROW_PX} pixels"
     marks = session.meta.get("marks")
     if marks not in ("drawn", "none"):
         yield f"its marks are {marks!r}"
@@ -217,7 +217,7 @@ def _check_points(session: LabelledSession, points: list[dict[str, Any]]) -> Ite
 
 
 def _place(row: dict[str, Any]) -> tuple[float, float]:
-    return row["y_px"] // _ROW_PX, row["x_px"]
+    return row["y_px"] // READING_ROW_PX, row["x_px"]
 
 
 def _drawn(session: LabelledSession) -> list[list[float]] | None:

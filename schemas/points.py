@@ -8,6 +8,9 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+READING_ROW_PX = 50
+"""Objects whose points lie in a band of this height are read from left to right, the bands from top to bottom."""
+
 
 def check_points(
     points: Iterable[Row], sessions: Mapping[str, Row], videos: Mapping[str, Row]
@@ -34,7 +37,7 @@ def check_points(
 def _check_order(session_id: str, marked: list[Row]) -> Iterator[str]:
     if [row["point"] for row in marked] != list(range(len(marked))):
         yield f"the points of session {session_id} are not counted from 0"
-    order = [(row["y_px"] // 50, row["x_px"]) for row in marked]
+    order = [(row["y_px"] // READING_ROW_PX, row["x_px"]) for row in marked]
     if order != sorted(order):
         yield f"the points of session {session_id} are not in reading order"
 

@@ -217,7 +217,7 @@ def test_marks_that_are_drawn_are_rolled_out_on_the_pictures(
         Counter.load(tmp_path / "blind")
 
 
-def test_pictures_that_are_gone_are_left_out_of_the_page(
+def test_pictures_that_cannot_be_read_are_left_out_of_the_page(
     run: Path, pictures: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(pictures, tmp_path / "own")
@@ -228,7 +228,7 @@ def test_pictures_that_are_gone_are_left_out_of_the_page(
     assert result.exit_code == 0, result.output
     assert "1 images have no picture in the report: " in result.stderr
     page = (copy / "report-best_joint-test.html").read_text()
-    assert page.count("(the picture is gone)") == 1
+    assert page.count("(the picture cannot be read)") == 1
     assert page.count("image/jpeg") == 1
 
 

@@ -165,6 +165,21 @@ def test_what_is_wrong_is_a_reject(made: Path, tmp_path: Path) -> None:
     )
 
 
+def test_two_pictures_whose_names_make_one_id(tmp_path: Path) -> None:
+    """The second is a reject, and the first stays."""
+    root, names = tmp_path / "data", ["b c.jpg", "b-c.jpg", "b-c.jpeg"]
+    put(root, ANNOTATIONS, {name: {"points": [[number, 1]]} for number, name in enumerate(names)})
+    put(root, SPLITS, {"train": names, "val": [], "test": []})
+    for name in names:
+        picture(root, name)
+    tables = tables_of(root, tmp_path / "out")
+    assert [(row["session_id"], row["x_px"]) for row in tables["points"]] == [("fsc147/b-c", 0)]
+    assert [(row["locator"], row["reason"], row["detail"]) for row in tables["rejects"]] == [
+        ("b-c.jpeg", "second image of one id", "b c.jpg"),
+        ("b-c.jpg", "second image of one id", "b c.jpg"),
+    ]
+
+
 def test_drawn_marks_are_ticks(made: Path, tmp_path: Path) -> None:
     options = ("--root", made, "--out", tmp_path, "--workers", "1", "--marks", "drawn")
     assert run("prepare", "--source", "fsc147", *options).exit_code == 0

@@ -277,6 +277,25 @@ def test_a_task_has_its_colour_in_every_panel(task: str, tmp_path: Path) -> None
         assert seen == ({task, other} if name == "cosines" else {task}), name
 
 
+def test_an_error_of_counts_has_a_panel_of_its_own(tmp_path: Path) -> None:
+    """Beside scores of at most 1, objects would leave nothing to see; x and y are of the task that finds places."""
+    log: list[dict[str, float]] = [
+        {"step": step, "train/loss_x": 1.0 + step, "val/coord_error": 0.1} for step in range(30)
+    ]
+    curves_picture(log, tmp_path / "without.png")
+    assert size_of(tmp_path / "without.png") == (1950, 720)
+    for row in log:
+        row["val/count_mae"] = 5.0
+    curves_picture(log, tmp_path / "with.png")
+    panels = panels_of(tmp_path / "with.png")
+    coord = TASKS["speaking"]
+    for name in ("losses", "scores"):
+        assert (panels[name] == coord).all(axis=-1).sum() > 50, name
+    assert not (panels["norms"] == coord).all(axis=-1).any()
+    assert (panels["norms"] < 80).all(axis=-1).sum() > 3000  # in the colour of no task
+    assert (panels["cosines"] == 255).all()
+
+
 def test_a_norm_that_each_step_logs_is_not_drawn_again_where_a_probe_saw_it(tmp_path: Path) -> None:
     log: list[dict[str, float]] = [
         {"step": step, "train/grad_norm_speaking": 2.0 + step, "grad/cos_speaking_response": 0.1}

@@ -19,49 +19,48 @@ Log = Sequence[Mapping[str, float]]
 # Of Okabe and Ito, which remain apart under every common colour blindness. A task has its colour in every panel.
 _TASK_COLOURS = dict(zip(TASK_NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 _TASK_COLOURS |= {"coord": "#0072B2", "done": "#D55E00"}  # which no log has beside the others
+_AXES = ("/loss_x", "/loss_y")  # of a place
 _STYLES = ("-", "--", ":", "-.")
 
 
 def curves_picture(log: Log, path: Path) -> None:
-    """Draw a training log as a PNG: losses by step and validation scores; below them, where the log has tasks'
-    gradients, their norms and the cosines between each two.
+    """Draw a training log as a PNG: losses by step and validation scores; below them, where the log has them, the
+    error of counts, the norms of the tasks' gradients and the cosines between each two.
 
     Args:
-        log: rows with ``step`` and any of ``train/loss*`` and ``val/loss_*`` (losses), other ``val/*`` (scores),
-            ``train/grad_norm_*`` or else ``grad/norm_*`` (norms) and ``grad/cos_*`` (cosines); other names are not
-            drawn.
+        log: rows with ``step`` and any of ``train/loss*`` and ``val/loss_*`` (losses), ``val/count_mae`` (objects,
+            which would flatten shares beside it), other ``val/*`` (scores), and where there are any ``grad/cos_*``
+            (cosines), ``train/grad_norm_*`` or else ``grad/norm_*`` (norms); other names are not drawn.
         path: the file to write.
     """
     from matplotlib.figure import Figure
 
     names = sorted({name for row in log for name in row})
     losses = [name for name in names if name.startswith(("train/loss", "val/loss"))]
-    scores = [name for name in names if name.startswith("val/") and name not in losses]
+    counts = [name for name in names if name == "val/count_mae"]
+    scores = [name for name in names if name.startswith("val/") and name not in losses + counts]
     cosines = [name for name in names if name.startswith("grad/cos_")]
     # of independent each step's are logged; those that a probe has seen are the same, now and then
     norms = [name for name in names if name.startswith("train/grad_norm_")]
     norms = norms or [name for name in names if name.startswith("grad/norm_")]
-    rows = 2 if cosines else 1
-    figure = Figure(figsize=(WIDTH, 4.8 * rows), dpi=DPI, facecolor="white")
-    panels = [
-        figure.add_axes((left, (row + 0.12) / rows, 0.42, 0.79 / rows))
-        for row in reversed(range(rows))
-        for left in (0.06, 0.55)
-    ]
-    _draw_curves(panels[0], log, losses, "Losses", smooth=True)
-    _draw_curves(panels[1], log, scores, "Validation", smooth=False)
-    if losses:
-        panels[0].set_yscale("log", nonpositive="mask")
-    if scores:
-        panels[1].set_ylim(
-            bottom=min(0.0, panels[1].get_ylim()[0])
-        )  # from zero, or a small change looks large
+    drawn = [("Losses", losses), ("Validation", scores)]
+    if counts:
+        drawn.append(("Mean error of the count, in objects", counts))
     if cosines:
-        _draw_curves(panels[2], log, norms, "Norms of the tasks' gradients", smooth=True)
-        _draw_curves(panels[3], log, cosines, "Cosines between the tasks' gradients", smooth=True)
-        if norms:
-            panels[2].set_yscale("log", nonpositive="mask")
-        panels[3].axhline(0, color=INK, lw=0.8)  # below it, tasks are against each other
+        drawn.append(("Norms of the tasks' gradients", norms))
+        drawn.append(("Cosines between the tasks' gradients", cosines))
+    rows = -(-len(drawn) // 2)
+    figure = Figure(figsize=(WIDTH, 4.8 * rows), dpi=DPI, facecolor="white")
+    for place, (title, lines) in enumerate(drawn):
+        bottom, left = rows - 1 - place // 2, (0.06, 0.55)[place % 2]
+        axes = figure.add_axes((left, (bottom + 0.12) / rows, 0.42, 0.79 / rows))
+        _draw_curves(axes, log, lines, title, smooth=lines not in (scores, counts))
+        if lines and lines in (losses, norms):
+            axes.set_yscale("log", nonpositive="mask")
+        elif lines and lines in (scores, counts):  # from zero, or a small change looks large
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        elif lines and lines == cosines:
+            axes.axhline(0, color=INK, lw=0.8)  # below it, tasks are against each other
     write_figure(figure, path)
 
 
@@ -95,6 +94,8 @@ def _tasks_of(name: str) -> tuple[str, ...]:
         return tuple(
             task for task in _TASK_COLOURS if pair.startswith(f"{task}_") or pair.endswith(f"_{task}")
         )
+    if name.endswith(_AXES):
+        return ("coord",)
     return tuple(task for task in _TASK_COLOURS if task in name)
 
 

@@ -70,7 +70,7 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
     categories: dict[str, str] = {}
     for path in found["categories"]:
         categories = _read_categories(path, annotated, rejects)
-    images: list[_Image] = []
+    images: dict[str, _Image] = {}
     for name in sorted(annotated.keys() | split_of.keys()):
         split, annotation = split_of.get(name), annotated.get(name)
         if name not in annotated:
@@ -79,10 +79,13 @@ def units(root: Path, level: str, view: str | None, spoken: Collection[str], rej
             rejects.add(annotations, name, "in no split")
         elif not isinstance(annotation, dict) or not isinstance(annotation.get("points"), list):
             rejects.add(annotations, name, "no points")
+        elif split and _picture_id(name) in images:
+            rejects.add(annotations, name, "second image of one id", images[_picture_id(name)].name)
         elif split:
-            images.append(_Image(name, split, categories.get(name), annotation["points"]))
-    starts = range(0, len(images), _IMAGES_A_UNIT)
-    return [_Unit(root, annotations, tuple(images[start : start + _IMAGES_A_UNIT])) for start in starts]
+            images[_picture_id(name)] = _Image(name, split, categories.get(name), annotation["points"])
+    ordered = tuple(images.values())
+    starts = range(0, len(ordered), _IMAGES_A_UNIT)
+    return [_Unit(root, annotations, ordered[start : start + _IMAGES_A_UNIT]) for start in starts]
 
 
 def read(unit: _Unit, rejects: Rejects) -> Iterator[Picture]:
@@ -95,7 +98,7 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Picture]:
         if image.category is None:
             rejects.notes[f"images without a category, whose goal is now {_UNKNOWN!r}"] += 1
         yield Picture(
-            picture_id=safe_id("fsc147", Path(image.name).stem),
+            picture_id=_picture_id(image.name),
             path=path,
             width=size[0],
             height=size[1],
@@ -103,6 +106,10 @@ def read(unit: _Unit, rejects: Rejects) -> Iterator[Picture]:
             category=image.category or _UNKNOWN,
             points=tuple(_points(image, size, unit.annotations, rejects)),
         )
+
+
+def _picture_id(name: str) -> str:
+    return safe_id("fsc147", Path(name).stem)
 
 
 def _table(path: Path, rejects: Rejects) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def write_page(
 
     Args:
         counts: PNG of predicted against true counts.
-        picture_of: JPEG of an image with true points and marks, None where the image is gone.
+        picture_of: JPEG of an image with true points and marks, None where the image cannot be read.
     """
     about = metrics["about"]
     title = f"Counting: {about['images']} {about['split']} images of {about['objects']} objects"
@@ -99,7 +99,7 @@ def write_page(
 def _figure(each: Scored, jpeg: bytes | None) -> str:
     words = f"{each.image.session_id}, {each.image.goal}: {each.predicted} counted, {each.count} there"
     if jpeg is None:
-        return f"<figure><figcaption>{escape(words)} (the picture is gone)</figcaption></figure>"
+        return f"<figure><figcaption>{escape(words)} (the picture cannot be read)</figcaption></figure>"
     image = f'<img alt="{escape(words)}" loading="lazy" src="{_data("jpeg", jpeg)}">'
     return f"<figure>{image}<figcaption>{escape(words)}</figcaption></figure>"
 

@@ -53,11 +53,11 @@ def evaluate_and_tell(
     write_text(reports.file("scores.md"), markdown_table(metrics))
     counts, page = reports.file("counts.png"), reports.file("report.html")
     counts_picture(scored, counts, f"{about['images']} {about['split']} images")
-    gone: list[str] = []
-    write_page(page, metrics, scored, counts.read_bytes(), lambda each: _pictured(each, gone))
-    if gone:
+    unread: list[str] = []
+    write_page(page, metrics, scored, counts.read_bytes(), lambda each: _pictured(each, unread))
+    if unread:
         typer.echo(
-            f"{len(gone)} images have no picture in the report: {gone[0]}; start dst where the cache was made",
+            f"{len(unread)} images have no picture in the report: {unread[0]}; start dst where the cache was made",
             err=True,
         )
     typer.echo(f"report to open in a browser: {page}; predicted against true counts: {counts}")
@@ -67,12 +67,12 @@ def evaluate_and_tell(
     return metrics
 
 
-def _pictured(each: Scored, gone: list[str]) -> bytes | None:
+def _pictured(each: Scored, unread: list[str]) -> bytes | None:
     """JPEG of an image with its true points, and the marks that were made; else why there is none."""
     try:
         picture = read_picture(each.image.labels.meta["uri"])
     except DecodeError as error:
-        gone.append(str(error))
+        unread.append(str(error))
         return None
     marks, points = (
         [in_pixels(place, picture) for place in places]
