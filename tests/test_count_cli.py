@@ -282,7 +282,7 @@ def test_count_tells_when_it_is_unsure(run: Path, pictures: Path, tmp_path: Path
     most = int(0.8 * tokens)
     for marks, told in ((most, False), (most + 1, True)):
         crowd = with_config(run, tmp_path / f"{marks}", done_threshold=2.0, max_marks=marks)
-        assert ("cache with --tiles 2" in dst(*fixed, crowd).stderr) == told
+        assert ("cache pictures with more (--tiles)" in dst(*fixed, crowd).stderr) == told
 
 
 def test_what_count_refuses(run: Path, pictures: Path, tmp_path: Path) -> None:

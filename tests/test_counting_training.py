@@ -422,6 +422,15 @@ def test_what_the_recipe_will_not_do_is_said(
         f"{more} of {len(counts)} images have more objects than data.max_marks=3, where a rollout ends; "
         f"set it to {max(counts)} or more to count them"
     ]
+    room = max(counts) - 1  # 0.8 of the tokens, rounded down, is one object too few
+    tokens = next(tokens for tokens in range(1, 100) if int(0.8 * tokens) == room)
+    cache = ShardCache(counting_shards)
+    cache.fingerprint = cache.fingerprint.model_copy(update={"tokens_per_frame": tokens})
+    [crowded] = training.counting.family.Counting(counter_of(counting_shards, little())[1], little(), cache).notes
+    assert crowded == (
+        f"{counts.count(max(counts))} of {len(counts)} images have more than {room} objects, of which several share one "
+        f"of their {tokens} tokens and are not told apart; cache them with more (--tiles)"
+    )
     told.clear()
     recipe = little("train.steps=1", "model.marks=drawn", "data.mark_noise=0.1")
     train(drawn_shards, recipe, tmp_path / "drawn", device="cpu", say=told.append)

@@ -42,8 +42,8 @@ class Kind:
 
 KINDS = {
     "dst": Kind("assembly101", 180, "tiny", "tiny", "out/demo"),
-    # blind, it has learned all there is in a third of the steps: where objects usually are, and how many
-    "counting": Kind("fsc147", 4000, "tiny-grid", "counting", "out/demo-counting", control=3),
+    # blind, it has learned all there is in a quarter of the steps: where objects usually are, and how many
+    "counting": Kind("fsc147", 4000, "tiny-grid", "counting", "out/demo-counting", control=4),
 }
 
 

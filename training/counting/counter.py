@@ -19,14 +19,11 @@ from schemas.errors import UserError
 from training.assistant import encoder_of
 from training.checkpoint import checkpoint_of
 from training.counting.batch import CountingExample
-from training.counting.data import CountingPrompt
+from training.counting.data import CountingPrompt, room_for
 from training.counting.model import TASKS, CountingSmolVLM
 from training.counting.rollout import Subject, roll_out
 from training.model import load_checkpoint
 from training.runs import counting_recipe
-
-CROWDED = 0.8
-"""Objects a token of the picture from which several share one, and are no longer told apart."""
 
 Picture = NDArray[np.uint8] | str | Path
 """RGB uint8 ``[H, W, 3]``, upright, or the path of a picture."""
@@ -82,8 +79,8 @@ class Counter:
 
     @property
     def most(self) -> int:
-        """Objects that a picture has room for; of more, several share a token."""
-        return int(CROWDED * self.model.config.cached_tokens)
+        """Objects that a picture has room for, as `training.counting.data.room_for`."""
+        return room_for(self.model.config.cached_tokens)
 
     def predict_coordinates(
         self, image: Picture, marks: Sequence[Point], what: str | None = None

@@ -69,6 +69,11 @@ def _image(cache: ShardCache, labels: LabelledSession, blind: bool) -> ImageData
     return ImageData(cache, labels, points, blind)
 
 
+def room_for(tokens: int) -> int:
+    """Objects that an image of so many tokens has room for; of more, several share a token and are not told apart."""
+    return int(0.8 * tokens)
+
+
 class CountingPrompt:
     """Writes what is asked of an image, with a checkpoint's own tokenizer and chat template."""
 

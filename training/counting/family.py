@@ -19,6 +19,7 @@ from training.counting.data import (
     full_example,
     load_images,
     noisy,
+    room_for,
     sampled_examples,
 )
 from training.counting.model import CountingSmolVLM, Projection
@@ -67,7 +68,7 @@ class Counting:
                     "prepare and cache some that have"
                 )
         self.data_key = _data_key(self.training + self.validation)
-        self.notes = _notes(self.training + self.validation, recipe)
+        self.notes = _notes(self.training + self.validation, recipe, cache.fingerprint.tokens_per_frame)
 
     def steps(self, start: Position, rank: int, ranks: int) -> CountingSteps:
         return CountingSteps(self.training, self.prompt, self.recipe, start, rank, ranks)
@@ -158,7 +159,7 @@ class CountingSteps(Steps[list[tuple[int, int]]]):
         return [noisy(example, noise, rng) for example in found] if noise else found
 
 
-def _notes(images: Sequence[ImageData], recipe: CountingRecipe) -> tuple[str, ...]:
+def _notes(images: Sequence[ImageData], recipe: CountingRecipe, tokens: int) -> tuple[str, ...]:
     """What the recipe will not do that a user may expect of it."""
     counts = [len(image.points) for image in images]
     more = sum(count > recipe.data.max_marks for count in counts)
@@ -167,6 +168,12 @@ def _notes(images: Sequence[ImageData], recipe: CountingRecipe) -> tuple[str, ..
         notes.append(
             f"{more} of {len(counts)} images have more objects than data.max_marks={recipe.data.max_marks}, where a "
             f"rollout ends; set it to {max(counts)} or more to count them"
+        )
+    crowded = sum(count > room_for(tokens) for count in counts)
+    if crowded:
+        notes.append(
+            f"{crowded} of {len(counts)} images have more than {room_for(tokens)} objects, of which several share one "
+            f"of their {tokens} tokens and are not told apart; cache them with more (--tiles)"
         )
     if recipe.model.marks == "drawn" and recipe.data.mark_noise:
         notes.append("data.mark_noise moves no marks that are drawn in pictures already")

@@ -115,9 +115,8 @@ def count_and_tell(
             err=True,
         )
     if counted.count > counter.most:
-        tiles = counter.model.config.tiles + 1
         typer.echo(
             f"more than {counter.most} objects crowd several to one of the {counter.model.config.cached_tokens} tokens "
-            f"of a picture, so that the count is unsure: cache with --tiles {tiles} and train on that",
+            "of a picture, so that the count is unsure: cache pictures with more (--tiles) and train on that",
             err=True,
         )
