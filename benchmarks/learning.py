@@ -70,7 +70,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 # one step of the trunk a round, and one decay, not two of each
-JOINT = ["train.objective=joint", "train.weight_decay=0.01"]
+JOINT = ["train.objective=joint", "train.strategy=alternating", "train.weight_decay=0.01"]
 COUNTING_VARIANTS: dict[str, list[str]] = {
     "joint": JOINT,
     "independent": [],

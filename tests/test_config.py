@@ -46,7 +46,10 @@ def test_a_value_is_told_with_where_it_came_from(mine: Path) -> None:
 
 
 def test_values_that_do_not_go_together_are_one_sentence(mine: Path) -> None:
-    sentence = "strategy shared_forward belongs to objective independent, not to joint"
+    sentence = (
+        "strategy shared_forward belongs to objective independent, not to joint; "
+        "set train.strategy=alternating beside it"
+    )
     change = "train.strategy=shared_forward"
     assert told("data.workers=1", change, "train.steps=9", recipe=mine) == (
         f"{mine} with --set {change} --set train.steps=9: {sentence}"

@@ -236,7 +236,8 @@ class TrainSettings(OptimizerSettings):
     def _strategy_is_for_independent(self) -> TrainSettings:
         if self.strategy != "alternating" and self.objective != "independent":
             raise ValueError(
-                f"strategy {self.strategy} belongs to objective independent, not to {self.objective}"
+                f"strategy {self.strategy} belongs to objective independent, not to {self.objective}; set "
+                "train.strategy=alternating beside it"
             )
         return self
 
