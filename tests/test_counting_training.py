@@ -426,10 +426,12 @@ def test_what_the_recipe_will_not_do_is_said(
     tokens = next(tokens for tokens in range(1, 100) if int(0.8 * tokens) == room)
     cache = ShardCache(counting_shards)
     cache.fingerprint = cache.fingerprint.model_copy(update={"tokens_per_frame": tokens})
-    [crowded] = training.counting.family.Counting(counter_of(counting_shards, little())[1], little(), cache).notes
+    [crowded] = training.counting.family.Counting(
+        counter_of(counting_shards, little())[1], little(), cache
+    ).notes
     assert crowded == (
-        f"{counts.count(max(counts))} of {len(counts)} images have more than {room} objects, of which several share one "
-        f"of their {tokens} tokens and are not told apart; cache them with more (--tiles)"
+        f"{counts.count(max(counts))} of {len(counts)} images have more than {room} objects, of which several share "
+        f"one of their {tokens} tokens and are not told apart; cache them with more (--tiles)"
     )
     told.clear()
     recipe = little("train.steps=1", "model.marks=drawn", "data.mark_noise=0.1")
