@@ -133,24 +133,19 @@ def test_scores_of_counts_are_those_of_a_library(seed: int) -> None:
 @given(SEEDS)
 @settings(max_examples=40, deadline=None)
 def test_scores_of_done_and_coord_with_true_marks(seed: int) -> None:
-    """Images that are looked at after each number of marks, or after some."""
     rng = np.random.default_rng(seed)
     guided, said, is_end = [], [], []
     threshold = float(rng.choice(THRESHOLDS))
     for _ in range(5):
         count = int(rng.integers(0, 5))
-        marked = np.sort(rng.choice(count + 1, int(rng.integers(1, count + 2)), replace=False))
-        done = rng.random(len(marked))
-        guided.append(Guided(rng.random(int((marked < count).sum())), done, marked, count))
+        done = rng.random(count + 1)
+        guided.append(Guided(rng.random(count), done))
         said += [bool(value >= threshold) for value in done]
-        is_end += [bool(number == count) for number in marked]
+        is_end += [number == count for number in range(count + 1)]
     rollouts, _ = rollouts_of(rng, 5)
     points = [rng.uniform(-1, 1, (int(rng.integers(0, 4)), 2)).astype(np.float32) for _ in range(5)]
     found = score(guided, points, rollouts, threshold)
-    if any(is_end):
-        assert found["done"]["recall"] == pytest.approx(recall_score(is_end, said))
-    else:
-        assert found["done"]["recall"] is None
+    assert found["done"]["recall"] == pytest.approx(recall_score(is_end, said))
     if not all(is_end):
         assert found["done"]["false_positive"] == pytest.approx(1 - recall_score(is_end, said, pos_label=0))
     else:
@@ -169,11 +164,13 @@ def test_scores_of_done_and_coord_with_true_marks(seed: int) -> None:
         for rollout, count, true in zip(rollouts, counts, points, strict=True)
     )
     true = sum(map(len, points))
-    assert found["marks"]["precision"] == pytest.approx(hits / sum(counts) if sum(counts) else 0)
-    assert found["marks"]["recall"] == pytest.approx(hits / true if true else 0)
-    both = found["marks"]["precision"] + found["marks"]["recall"]
-    harmonic = 2 * found["marks"]["precision"] * found["marks"]["recall"] / both if both else 0
-    assert found["marks"]["f1"] == pytest.approx(harmonic)
+    precision, recall = hits / sum(counts) if sum(counts) else None, hits / true if true else None
+    assert found["marks"]["precision"] == pytest.approx(precision)
+    assert found["marks"]["recall"] == pytest.approx(recall)
+    if precision and recall:
+        assert found["marks"]["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    else:
+        assert found["marks"]["f1"] == (0 if sum(counts) + true else None)
     assert found["count"]["mae"] == pytest.approx(mean_absolute_error([len(each) for each in points], counts))
 
 
@@ -185,7 +182,7 @@ def test_a_perfect_counter() -> None:
         Rollout([(float(x), float(y)) for x, y in each], [0.0] * len(each) + [1.0]) for each in POINTS
     ]
     guided = [
-        Guided(np.zeros(len(each)), np.array(rollout.done), np.arange(len(each) + 1), len(each))
+        Guided(np.zeros(len(each)), np.array(rollout.done))
         for each, rollout in zip(POINTS, rollouts, strict=True)
     ]
     found = score(guided, POINTS, rollouts, 0.5)
@@ -198,12 +195,9 @@ def test_a_perfect_counter() -> None:
 
 def test_a_counter_that_marks_nothing() -> None:
     rollouts = [Rollout([], [1.0]) for _ in POINTS]
-    guided = [
-        Guided(np.ones(len(each)), np.ones(len(each) + 1), np.arange(len(each) + 1), len(each))
-        for each in POINTS
-    ]
+    guided = [Guided(np.ones(len(each)), np.ones(len(each) + 1)) for each in POINTS]
     found = score(guided, POINTS, rollouts, 0.5)
     assert found["coord"]["close"] == 0
     assert found["done"] == {"false_positive": 1, "recall": 1, "threshold": 0.5}
-    assert found["marks"] == {"precision": 0, "recall": 0, "f1": 0}
+    assert found["marks"] == {"precision": None, "recall": 0, "f1": 0}
     assert (found["count"]["mae"], found["count"]["bias"], found["count"]["exact"]) == (1.5, -1.5, 0.5)

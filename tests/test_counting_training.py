@@ -349,6 +349,7 @@ def test_a_split_in_which_there_is_nothing_to_mark(
         ("tasks.coord.metric=val/speaking_f1", "tasks.coord.metric='val/speaking_f1' is not measured"),
         ("tasks.speaking.weight=1", "tasks.speaking"),
         ("tasks.done.shares=[1, 1, 1]", "must add up to 1"),
+        ("tasks.done.shares=[0, 0.5, 0.5]", "the first must be above 0"),
         ("model.marks=arrows", "model.marks"),
         ("data.batch_rows=3", "data.batch_rows"),
         ("data.max_marks=0", "data.max_marks"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,28 @@ def full_example(image: ImageData, prompt: CountingPrompt, shares: Sequence[floa
     ``done`` by their shares.
     """
     count = len(image.points)
-    coord = np.zeros(count + 1, np.float32)
-    coord[:count] = 1 / max(1, count)
-    return _example(image, prompt, np.arange(count + 1), image.points, coord, done_shares(count, shares))
+    weights = coord_shares(count), done_shares(count, shares)
+    return _example(image, prompt, np.arange(count + 1), image.points, *weights)
+
+
+def examples_of(
+    image: ImageData, prompt: CountingPrompt, shares: Sequence[float], marks: Encoding
+) -> Iterator[CountingExample]:
+    """An image with every number of marks, each counting as in `full_example`: in one row where marks are tokens."""
+    if marks == "mark_tokens":
+        yield full_example(image, prompt, shares)
+        return
+    coord, done = coord_shares(len(image.points)), done_shares(len(image.points), shares)
+    for number in range(len(done)):
+        here = slice(number, number + 1)
+        yield marked_example(image, prompt, marks, number, coord[here], done[here])
+
+
+def coord_shares(count: int) -> NDArray[np.float32]:
+    """How often each number of marks 0..N is shown to the coord head, ``[N + 1]``: all alike but N."""
+    weights = np.zeros(count + 1, np.float32)
+    weights[:count] = 1 / max(1, count)
+    return weights
 
 
 def done_shares(count: int, shares: Sequence[float]) -> NDArray[np.float32]:

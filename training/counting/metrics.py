@@ -24,16 +24,14 @@ BUCKETS = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 
 @dataclass(frozen=True)
 class Guided:
-    """One image, with true marks: after each k of them, what the heads say.
+    """One image of N objects, with true marks: what the heads say after each of them.
 
-    ``errors`` float64 ``[c]`` are distances to the next object as shares of the image's side, for c of the numbers
-    below N; ``done`` float64 ``[d]`` probabilities after ``marked`` int64 ``[d]`` marks, ``count`` is N.
+    ``errors`` float64 ``[N]`` are distances to the next object after 0..N-1 marks, as shares of the image's side;
+    ``done`` float64 ``[N + 1]`` probabilities after 0..N.
     """
 
     errors: NDArray[np.float64]
     done: NDArray[np.float64]
-    marked: NDArray[np.int64]
-    count: int
 
 
 def best_done_threshold(rollouts: Sequence[Rollout], counts: Sequence[int]) -> float:
@@ -72,8 +70,8 @@ def score(
         None where there is nothing to take a mean of.
     """
     errors = np.concatenate([each.errors for each in guided])
-    before = [each.done[each.marked < each.count] >= threshold for each in guided]
-    at_end = [each.done[each.marked == each.count] >= threshold for each in guided]
+    before = [each.done[:-1] >= threshold for each in guided]
+    at_end = [each.done[-1:] >= threshold for each in guided]
     counts = [len(each) for each in points]
     predicted = [rollout.count(threshold) for rollout in rollouts]
     hits = [
@@ -131,11 +129,11 @@ def paired(marks: NDArray[np.floating], points: NDArray[np.floating]) -> int:
     return int((distance[rows, columns] <= CLOSE).sum())
 
 
-def _f1(hits: int, predicted: int, true: int) -> dict[str, float]:
+def _f1(hits: int, predicted: int, true: int) -> dict[str, float | None]:
     return {
-        "precision": hits / predicted if predicted else 0.0,
-        "recall": hits / true if true else 0.0,
-        "f1": 2 * hits / (predicted + true) if predicted + true else 0.0,
+        "precision": hits / predicted if predicted else None,
+        "recall": hits / true if true else None,
+        "f1": 2 * hits / (predicted + true) if predicted + true else None,
     }
 
 

@@ -66,6 +66,8 @@ class DoneTask(AnyTask):
     def _shares_are_of_one(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
         if abs(sum(shares) - 1) > 1e-6:
             raise ValueError("must add up to 1: with all marks, with all but one, with any number")
+        if shares[0] == 0:
+            raise ValueError("the first must be above 0: without all marks there is no end to learn")
         return shares
 
 

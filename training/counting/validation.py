@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from training.counting.batch import CountingExample
-from training.counting.data import (
-    CountingPrompt,
-    ImageData,
-    full_example,
-    marked_example,
-    sampled_examples,
-)
+from training.counting.data import CountingPrompt, ImageData, examples_of
 from training.counting.metrics import Guided, best_done_threshold, count_scores
 from training.counting.model import TASKS, CountingSmolVLM
 from training.counting.recipe import CountingRecipe
@@ -54,7 +47,7 @@ def validate(
         name: sum(share[2].get(name, 0.0) for share in shares)  # a process without images has none
         for name in (*_LOSSES, "coord_weight", "done_weight")
     }
-    is_end = np.concatenate([each.marked == each.count for each in guided])
+    is_end = np.concatenate([np.arange(count, -1, -1) == 0 for count in counts])
     said = np.concatenate([each.done for each in guided]) >= threshold
     errors = np.concatenate([each.errors for each in guided])
     row = {
@@ -81,7 +74,8 @@ def _look(
 ) -> tuple[list[Guided], list[Rollout], dict[str, float]]:
     guided, sums = guide(model, prompt, images, recipe, between)
     if model.config.marks == "drawn":
-        return guided, after_true_marks(model, prompt, images, at_once(recipe), between), sums
+        most = model.config.max_marks
+        return guided, [by_true_marks(*each, most) for each in zip(images, guided, strict=True)], sums
     subjects = [Subject(image.goal, lambda marks, image=image: image.features()) for image in images]  # type: ignore[misc]
     return guided, roll_out(model, prompt, subjects, at_once=at_once(recipe), between=between), sums
 
@@ -94,73 +88,45 @@ def guide(
     recipe: CountingRecipe,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Guided], dict[str, float]]:
-    """What the heads say with true marks: after each of them, or where a pass looks at one number of marks, after those
-    of a list that is the same in all runs.
+    """What the heads say with true marks, after each of them.
 
     Returns:
         By image, and the weighted sums of the losses with the weights they are to be divided by.
     """
+    if not images:
+        return [], {}
     model.eval()
     tasks = {name: getattr(recipe.tasks, name) for name in TASKS}
     sums: Counter[str] = Counter()
-    found: list[Guided] = []
-    for first in range(0, len(images), at_once(recipe)):
+    shares, marks = recipe.tasks.done.shares, recipe.model.marks
+    examples = chain.from_iterable(examples_of(image, prompt, shares, marks) for image in images)
+    errors, probabilities = [], []
+    while rows := list(islice(examples, at_once(recipe))):
         between()
-        part = images[first : first + at_once(recipe)]
-        rows = [_listed(image, prompt, recipe) for image in part]
-        batch = prompt.collate(list(chain.from_iterable(rows)), recipe.model.marks).to(model.device)
+        batch = prompt.collate(rows, marks).to(model.device)
         outputs = model(batch)
         undivided = {name: torch.ones(1, device=model.device) for name in TASKS}
         sums.update({k: float(v) for k, v in model.task_losses(outputs, batch, tasks, undivided).items()})
         sums.update({f"{name}_weight": float(getattr(batch, f"{name}_weight").sum()) for name in TASKS})
         away = outputs["coord"] - batch.coord  # the next object, whatever the loss takes for its target
-        error, done = away.norm(dim=-1).cpu().numpy() / 2, outputs["done"].sigmoid().cpu().numpy()
-        marked = batch.marked.cpu().numpy()
-        owner = np.repeat(np.arange(len(part)), [len(each) for each in rows])[batch.row_of_read.cpu().numpy()]
-        for number, image in enumerate(part):
-            here, count = owner == number, len(image.points)
-            found.append(Guided(error[here & (marked < count)], done[here], marked[here], count))
-    return found, dict(sums)
+        errors.append(away.norm(dim=-1).cpu().numpy() / 2)
+        probabilities.append(outputs["done"].sigmoid().cpu().numpy())
+    ends = np.cumsum([len(image.points) + 1 for image in images])[:-1]
+    by_image = (np.split(np.concatenate(each), ends) for each in (errors, probabilities))
+    # after all marks there is no next object to be away from
+    return [Guided(error[:-1], done) for error, done in zip(*by_image, strict=True)], dict(sums)
 
 
 def at_once(recipe: CountingRecipe) -> int:
-    """Images of a pass: as many as of one in training, where the recipe says so."""
+    """Rows of a pass: as many as of one in training, where the recipe says so."""
     return recipe.data.images_at_once or IMAGES_AT_ONCE
 
 
-def _listed(image: ImageData, prompt: CountingPrompt, recipe: CountingRecipe) -> list[CountingExample]:
-    """An image's rows, which do not depend on the seed of the run."""
-    shares = recipe.tasks.done.shares
-    if recipe.model.marks == "mark_tokens":
-        return [full_example(image, prompt, shares)]
-    rng = np.random.default_rng(list(image.session_id.encode()))
-    return list(sampled_examples(image, prompt, shares, recipe.model.marks, rng).values())
-
-
-@torch.inference_mode()
-def after_true_marks(
-    model: CountingSmolVLM,
-    prompt: CountingPrompt,
-    images: Sequence[ImageData],
-    rows_at_once: int,
-    between: Callable[[], None] = lambda: None,
-) -> list[Rollout]:
-    """For drawn marks, what the done head says after each true one, as if the marks had been its own; where it is never
-    done, they go on to ``max_marks`` of the model's config.
+def by_true_marks(image: ImageData, guided: Guided, most: int) -> Rollout:
+    """What the done head says after each true mark, as if the marks had been the model's own; where it is never done,
+    they go on to ``most``.
     """
-    model.eval()
-    found = []
-    none = np.zeros(1, np.float32)
-    for image in images:
-        done: list[float] = []
-        numbers = range(len(image.points) + 1)
-        for first in range(0, len(numbers), rows_at_once):
-            between()
-            part = numbers[first : first + rows_at_once]
-            rows = [marked_example(image, prompt, "drawn", number, none, none) for number in part]
-            done += model(prompt.collate(rows, "drawn").to(model.device))["done"].sigmoid().tolist()
-        most = model.config.max_marks
-        marks = [(float(x), float(y)) for x, y in image.points][:most]
-        more = most - len(marks)
-        found.append(Rollout(marks + [(0.0, 0.0)] * more, done[: most + 1] + [0.0] * more))
-    return found
+    marks = [(float(x), float(y)) for x, y in image.points][:most]
+    more = most - len(marks)
+    done = guided.done.tolist()
+    return Rollout(marks + [(0.0, 0.0)] * more, done[: most + 1] + [0.0] * more)
