@@ -33,6 +33,7 @@ COUNTS = {"train": (3, 0, 1, 5, 2, 8, 4, 1, 6), "val": (2, 0, 4, 5), "test": (1,
 ENCODINGS = ("mark_tokens", "token_embed", "drawn")
 CATEGORIES = ("red discs", "blue bars", "wheels")
 SMALL = (
+    "train.strategy=alternating",  # that of all objectives
     "train.steps=6",
     "train.warmup_steps=2",
     "train.lr=1e-3",
