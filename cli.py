@@ -438,7 +438,8 @@ def count(
         str | None, typer.Option(help="A category of the training part. Default: the only one, if it is.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The picture with marks, a PNG. Default: IMAGE-counted.png beside it.")
+        Path | None,
+        typer.Option(help="The picture with marks, a PNG. Default: out/pictures/IMAGE-counted.png."),
     ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="best_joint, latest, best_coord or best_done.")

@@ -247,13 +247,16 @@ def test_what_an_evaluation_refuses(run: Path, tmp_path: Path) -> None:
 # ---- dst count
 
 
-def test_count_writes_the_numbered_marks(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_count_writes_the_numbered_marks(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     picture = shutil.copy(pictures / "images_384_VarV2/train5.jpg", tmp_path / "some discs.jpg")
     fixed = ("count", "--run", run, "--image", picture, "--what", "wheels", "--device", "cpu")
     counted = Counter.load(run).count(picture, "wheels")
     result = dst(*fixed)
     assert result.exit_code == 0, result.output
-    out = tmp_path / "some discs-counted.png"
+    out = Path("out/pictures/some discs-counted.png")
     assert result.stdout == f"{counted.count} wheels; each with its number in {out}\n"
     with Image.open(picture) as plain, Image.open(out) as drawn:
         scale = 960 / max(plain.size)

@@ -88,13 +88,13 @@ def count_and_tell(
 
     Args:
         what: None takes the only category of the training part.
-        out: a PNG; None puts it beside the picture.
+        out: a PNG; None takes ``out/pictures``, as data is not written into.
 
     Raises:
         UserError: as `training.counting.counter.Counter` and `write_marked`, or ``out`` is no PNG or the picture.
     """
     picture = pixels_of(image)
-    out = out or image.with_name(f"{image.stem}-counted.png")
+    out = out or Path("out/pictures") / f"{image.stem}-counted.png"
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is not a PNG; give a name that ends in .png")
     if out.resolve() == image.resolve():
