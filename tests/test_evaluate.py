@@ -129,15 +129,20 @@ def test_runs_are_compared_by_what_they_left(run: Path, tmp_path: Path) -> None:
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
 
 
-def test_a_cache_of_another_tower_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_cache_that_was_made_otherwise_is_refused(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     config = other / "checkpoints/best/config.json"
     content = json.loads(config.read_text())
     for change, said in (
-        ({"sha256": "0" * 64}, "another vision tower"),
-        ({"filter": "bicubic"}, "another filter"),
+        ({"vision": content["vision"] | {"sha256": "0" * 64}}, "another vision tower"),
+        ({"vision": content["vision"] | {"filter": "bicubic"}}, "another filter"),
+        (
+            {"tiles": 2},
+            r"holds 4 tokens of width \d+, made with --tiles 1, .* 4 of \d+, made with --tiles 2; give its",
+        ),
+        ({"tick_hz": 3.0}, "has ticks at 2.0 Hz, the model was trained on 3.0 Hz; give its cache"),
     ):
-        config.write_text(json.dumps(content | {"vision": content["vision"] | change}))
+        config.write_text(json.dumps(content | change))
         with pytest.raises(UserError, match=said):
             evaluate(other, None)
 

@@ -77,7 +77,12 @@ def evaluate(
     cache = ShardCache(shards)
     model = load_trained(folder).to(device)
     config = model.config
-    _require_its_features(cache, config)
+    require_its_features(cache, config)
+    if cache.fingerprint.tick_hz != config.tick_hz:
+        raise UserError(
+            f"{cache.folder} has ticks at {cache.fingerprint.tick_hz} Hz, the model was trained on {config.tick_hz} "
+            "Hz; give its cache"
+        )
     sessions = load_sessions(cache, split, recipe.data.blind)
     builder, thresholds = SequenceBuilder.of(folder, config), Thresholds.of(config)
     about: dict[str, Any] = {
@@ -109,32 +114,19 @@ def evaluate(
     return metrics, traces
 
 
-def _require_its_features(cache: ShardCache, config: Any) -> None:
-    """Refuse a cache whose features are not those the dialog model was trained on.
-
-    Raises:
-        UserError: they are of another shape, or as `require_its_tower`.
-    """
-    cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tick_hz)
-    if cached != (config.cached_tokens, config.text_config.hidden_size, config.tick_hz):
-        raise UserError(
-            f"{cache.folder} holds {cached[0]} tokens of width {cached[1]} at {cached[2]} Hz, the model was trained on "
-            f"{config.cached_tokens} of {config.text_config.hidden_size} at {config.tick_hz} Hz; give its cache"
-        )
-    if cache.fingerprint.tiles != config.tiles:
-        raise UserError(
-            f"{cache.folder} was made with --tiles {cache.fingerprint.tiles}, the model was trained on {config.tiles}; "
-            "give its cache"
-        )
-    require_its_tower(cache, config)
-
-
-def require_its_tower(cache: ShardCache, config: Any) -> None:
+def require_its_features(cache: ShardCache, config: Any) -> None:
     """Refuse a cache that was not made as the one that a model of either family was trained on.
 
     Raises:
-        UserError: it was made with another vision tower, or of pictures that were resized otherwise.
+        UserError: its features are of another shape or vision tower, or of pictures that were resized otherwise.
     """
+    cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tiles)
+    if cached != (config.cached_tokens, config.text_config.hidden_size, config.tiles):
+        raise UserError(
+            f"{cache.folder} holds {cached[0]} tokens of width {cached[1]}, made with --tiles {cached[2]}, the model "
+            f"was trained on {config.cached_tokens} of {config.text_config.hidden_size}, made with --tiles "
+            f"{config.tiles}; give its cache"
+        )
     made = {"sha256": cache.fingerprint.vision_sha256, "filter": cache.fingerprint.preprocessing["filter"]}
     other = [name for name, value in made.items() if config.vision and config.vision[name] != value]
     if other:

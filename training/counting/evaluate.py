@@ -26,7 +26,7 @@ from training.counting.metrics import Guided, coord_scores, count_scores, score
 from training.counting.model import CountingSmolVLM
 from training.counting.rollout import Rollout, Subject, roll_out
 from training.counting.validation import at_once, guide
-from training.evaluate import Reports, cache_of, require_its_tower, table_rows
+from training.evaluate import Reports, cache_of, require_its_features, table_rows
 from training.model import load_checkpoint
 from training.runs import counting_recipe
 
@@ -102,7 +102,7 @@ def evaluate(
     cache = ShardCache(shards or cache_of(run))
     model = load_checkpoint(CountingSmolVLM, folder).to(device)
     threshold = threshold_of(model)
-    _require_its_features(cache, model.config)
+    require_its_features(cache, model.config)
     images = load_images(cache, split, recipe.model.marks, recipe.data.blind)
     training = load_images(ShardCache(cache_of(run)), "train", recipe.model.marks)
     prompt = CountingPrompt.of(folder)
@@ -132,22 +132,6 @@ def evaluate(
     _write_predictions(reports.file("predictions.parquet"), scored, about)
     write_text(reports.file("metrics.json"), json.dumps(metrics, indent=2) + "\n")
     return metrics, scored
-
-
-def _require_its_features(cache: ShardCache, config: Any) -> None:
-    """Refuse a cache whose features are not those the counter was trained on.
-
-    Raises:
-        UserError: they are of another shape, or as `training.evaluate.require_its_tower`.
-    """
-    cached = (cache.fingerprint.tokens_per_frame, cache.fingerprint.dim, cache.fingerprint.tiles)
-    if cached != (config.cached_tokens, config.text_config.hidden_size, config.tiles):
-        raise UserError(
-            f"{cache.folder} holds {cached[0]} tokens of width {cached[1]}, made with --tiles {cached[2]}, the model "
-            f"was trained on {config.cached_tokens} of {config.text_config.hidden_size}, made with --tiles "
-            f"{config.tiles}; give its cache"
-        )
-    require_its_tower(cache, config)
 
 
 def _as_cached(image: ImageData) -> Subject:
