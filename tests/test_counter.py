@@ -138,14 +138,15 @@ def test_a_count_is_one_mark_after_the_other(
 
 
 def test_places_are_pixels_of_the_picture(caches: dict[str, Path], tiny_model: Path) -> None:
-    """Worked by hand: three quarters of 80 pixels from the left, a quarter of 60 from above; beyond it, its border."""
+    """Worked by hand, from the first of 2 x 2 tokens: three quarters of 80 pixels from the left, a quarter of 60 from
+    above; beyond it, its border."""
     counter, _ = untrained(caches, "mark_tokens", tiny_model)
     picture = np.full((60, 80, 3), 128, np.uint8)
     head = counter.model.coord_head
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.zero_()  # all tokens are looked at alike: their mean is the middle
-        head.offset.bias.copy_(torch.tensor([0.5, -0.5]) / head.REACH)
+            parameter.zero_()  # all tokens are as likely, and the first is taken
+        head.offset.bias.copy_(torch.tensor([1.0, 0.0]) / head.REACH)
     assert counter.predict_coordinates(picture, [], "pears") == (60.0, 15.0)
     with torch.no_grad():
         head.offset.bias.copy_(torch.tensor([3.0, -7.0]) / head.REACH)

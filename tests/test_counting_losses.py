@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.counting.losses import coord_values, nearest_unmarked, weighted
+from training.counting.losses import coord_values, nearest_unmarked, over_places, weighted
 
 BY_HAND = {
     "three_stage": {
@@ -78,6 +78,40 @@ def test_the_slope_of_the_other_form_has_no_step(a: float, b: float) -> None:
 
     assert slope(a) == pytest.approx(min(20 * a, 1.0), abs=1e-9)
     assert abs(slope(a) - slope(b)) <= 20 * abs(a - b) + 1e-9
+
+
+def of_places(values: list[float], probabilities: list[float]) -> float:
+    logarithms = torch.tensor(probabilities, dtype=torch.float64).log()
+    return float(over_places(torch.tensor(values, dtype=torch.float64), logarithms))
+
+
+def test_the_loss_of_several_places_worked_by_hand() -> None:
+    """A quarter at 0.1 and three quarters at 0.2: -0.1 log(0.25 / e + 0.75 / e**2)."""
+    assert of_places([0.1, 0.2], [0.25, 0.75]) == pytest.approx(0.16426260, abs=1e-8)
+    assert of_places([0.0, 9.0], [0.5, 0.5]) == pytest.approx(0.1 * math.log(2), abs=1e-7)
+    assert of_places([0.3, 0.1, 0.2], [0, 1, 0]) == pytest.approx(0.1, abs=1e-12)  # one place alone
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0.001, 1)), min_size=1, max_size=9))
+def test_the_loss_of_several_places_lies_between_the_least_and_the_mean(
+    places: list[tuple[float, float]],
+) -> None:
+    values = [value for value, _ in places]
+    total = sum(share for _, share in places)
+    shares = [share / total for _, share in places]
+    found = of_places(values, shares)
+    mean = sum(value * share for value, share in zip(values, shares, strict=True))
+    assert min(values) - 1e-9 <= found <= mean + 1e-9
+
+
+def test_a_place_that_is_thought_unlikely_is_learned() -> None:
+    """Of a thousandth of the probability, but the right one: the mean of the losses would hardly pull at it."""
+    scores = torch.tensor([math.log(999.0), 0.0], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    [found] = torch.autograd.grad(over_places(values, scores.log_softmax(-1)), scores)
+    [mean] = torch.autograd.grad((values * scores.softmax(-1)).sum(), scores)
+    assert found[1] < -0.09  # of at most 0.1
+    assert mean[1] > -0.002
 
 
 @given(st.integers(0, 2**31))

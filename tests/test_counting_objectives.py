@@ -63,8 +63,11 @@ def loss_by_hand(
             continue
         images_with_labels.add(row)
         if task == "coord":
-            away = outputs["coord"][read] - torch.from_numpy(image.points[marked])
-            losses.append(share * coord_by_hand(away.abs().sum()))
+            likelihood = torch.zeros(())
+            for at, place in zip(outputs["at"][read], outputs["places"][read], strict=True):
+                away = (place - torch.from_numpy(image.points[marked])).abs().sum()
+                likelihood = likelihood + at.exp() * torch.exp(-coord_by_hand(away) / 0.1)
+            losses.append(share * -0.1 * likelihood.log())
         else:
             sigmoid = torch.sigmoid(outputs["done"][read])
             losses.append(-share * torch.log(sigmoid if marked == count else 1 - sigmoid))

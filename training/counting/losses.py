@@ -27,6 +27,27 @@ def coord_values(name: CoordLoss, distance: torch.Tensor) -> torch.Tensor:
     return torch.where(distance < NEAR, 10 * distance**2, distance - 0.025)
 
 
+SOFTNESS = 0.1
+"""Differences of the loss of two places that are large: a place whose loss is as much greater is a third as good."""
+
+
+def over_places(values: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Loss of places, each the right one with a probability p: ``-s log(sum p exp(-value / s))``, s = 0.1.
+
+    Minus the logarithm of a mixture's likelihood, in units of the loss (Bishop, "Mixture density networks", 1994). Where
+    one place has all probability it is that place's loss. The loss of the mean place is least between two objects, and
+    the mean of the losses teaches next to nothing of a place that is thought unlikely.
+
+    Args:
+        values: loss of each place, ``[..., T]``.
+        log_probabilities: ``[..., T]``.
+
+    Returns:
+        ``[...]``, from the least value to the mean by p.
+    """
+    return -SOFTNESS * (log_probabilities - values / SOFTNESS).logsumexp(-1)
+
+
 def nearest_unmarked(
     predicted: torch.Tensor, points: torch.Tensor, is_unmarked: torch.Tensor
 ) -> torch.Tensor:

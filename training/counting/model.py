@@ -11,7 +11,7 @@ from torch import nn
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from training.counting.batch import CountingBatch
-from training.counting.losses import coord_values, nearest_unmarked, weighted
+from training.counting.losses import coord_values, nearest_unmarked, over_places, weighted
 from training.counting.recipe import CoordTask, Encoding
 from training.family import Counts
 from training.recipe import AnyTask
@@ -97,10 +97,10 @@ class Projection(nn.Module):
 
 
 class CoordHead(nn.Module):
-    """Where the next object is: how much each image token is looked at, and where from its middle the object lies.
+    """Where the next object is: at which image token, and how far from its middle.
 
-    A place that is read off a hidden state alone has to be learned for each part of the image anew, and lies between
-    two objects while it is not known which comes next.
+    A place that is read off a hidden state alone has to be learned for each part of the image anew, and one that is a
+    mean of several lies between two objects while it is not known which comes next.
     """
 
     REACH = 0.25  # of half a side an offset of 1 is: a token of a grid of 8 is as wide
@@ -112,11 +112,16 @@ class CoordHead(nn.Module):
         self.offset = nn.Linear(width, 2)
         self.scale = width**-0.5
 
-    def forward(self, hidden: torch.Tensor, image: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[B, S, H]`` and those of the image's tokens ``[B, T, H]``, whose middles are ``[T, 2]``, to
-        ``[B, S, 2]``."""
-        looked = (self.query(hidden) @ self.key(image).transpose(1, 2) * self.scale).softmax(-1)
-        return looked @ (centres + self.REACH * self.offset(image))
+    def forward(
+        self, hidden: torch.Tensor, image: torch.Tensor, centres: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``[B, S, H]`` and those of the image's tokens ``[B, T, H]``, whose middles are ``[T, 2]``.
+
+        Returns:
+            The logarithm of the probability that it is at each token, ``[B, S, T]``; the place at each, ``[B, T, 2]``.
+        """
+        scores = self.query(hidden) @ self.key(image).transpose(1, 2) * self.scale
+        return scores.log_softmax(-1), centres + self.REACH * self.offset(image)
 
 
 class CountingSmolVLM(SmolVLMForConditionalGeneration):
@@ -205,25 +210,32 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
         self, hidden: torch.Tensor, image: torch.Tensor, wanted: Sequence[str] = TASKS
     ) -> dict[str, torch.Tensor]:
         """Hidden states ``[B, S, H]``, and those of the image's tokens ``[B, T, H]``, to ``coord`` ``[B, S, 2]`` and
-        ``done`` ``[B, S]``, float32 also under autocast."""
+        ``done`` ``[B, S]``, float32 also under autocast.
+
+        Beside ``coord``, the place at the likeliest token, all: ``at`` ``[B, S, T]``, logarithms of probabilities, and
+        ``places`` ``[B, T, 2]``.
+        """
         out: dict[str, torch.Tensor] = {}
         with torch.autocast(hidden.device.type, enabled=False):
             if "coord" in wanted:
-                out["coord"] = self.coord_head(hidden.float(), image.float(), self._centres())
+                out["at"], out["places"] = self.coord_head(hidden.float(), image.float(), self._centres())
+                likeliest = out["at"].argmax(-1, keepdim=True).expand(-1, -1, 2)
+                out["coord"] = out["places"].gather(1, likeliest)
             if "done" in wanted:
                 out["done"] = self.done_head(hidden.float())[..., 0]
         return out
 
     def forward(self, batch: CountingBatch, heads: Sequence[str] = TASKS) -> dict[str, torch.Tensor]:
-        """The heads that are asked for at the R places that are read in the rows of `CountingBatch.only`: ``coord``
-        ``[R, 2]``, ``done`` ``[R]``.
+        """The heads that are asked for at the R places that are read in the rows of `CountingBatch.only`, as `heads`:
+        ``coord`` ``[R, 2]``, ``at`` ``[R, T]``, ``places`` ``[R, T, 2]``, ``done`` ``[R]``.
 
         Rows are padded at their end, where no position that comes before looks.
         """
         part = batch.only(heads)
         hidden = self.trunk(self.embed(part)).last_hidden_state
         found = self.heads(hidden, self.image_states(hidden, part), heads)
-        return {name: values.flatten(0, 1)[part.read_at] for name, values in found.items()}
+        places = {"places": found.pop("places")[part.row_of_read]} if "places" in found else {}
+        return places | {name: values.flatten(0, 1)[part.read_at] for name, values in found.items()}
 
     def image_states(self, hidden: torch.Tensor, batch: CountingBatch) -> torch.Tensor:
         """Of hidden states ``[B, L, H]`` those of the image tokens, ``[B, T, H]``."""
@@ -243,14 +255,15 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
         """Each task's share of its mean loss over all labels of a step; beside ``coord`` the squared errors in
         ``x`` and ``y``, which are only told."""
         losses: dict[str, torch.Tensor] = {}
-        batch = batch.only(tuple(outputs))
+        batch = batch.only([task for task in TASKS if task in outputs])
         if "coord" in outputs:
             task = tasks["coord"]
             assert isinstance(task, CoordTask)
-            away = outputs["coord"] - wanted_places(outputs["coord"], batch, task)
-            values = coord_values(task.loss, away.abs().sum(-1))
+            wanted = wanted_places(outputs["coord"], batch, task)
+            away = (outputs["places"] - wanted[:, None]).abs().sum(-1)
+            values = over_places(coord_values(task.loss, away), outputs["at"])
             losses["coord"] = weighted(values, batch.coord_weight).mean(totals["coord"])
-            squared = away.detach() ** 2
+            squared = (outputs["coord"].detach() - wanted) ** 2
             for name, each in zip("xy", squared.unbind(-1), strict=True):
                 losses[name] = weighted(each, batch.coord_weight).mean(totals["coord"])
         if "done" in outputs:
