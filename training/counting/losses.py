@@ -35,8 +35,8 @@ def over_places(values: torch.Tensor, log_probabilities: torch.Tensor) -> torch.
     """Loss of places that are the right one with probabilities p: ``-s log(sum p exp(-value / s))``, s = 0.1.
 
     Minus the logarithm of a mixture's likelihood, in units of the loss (Bishop, "Mixture density networks", 1994).
-    Where one place has all probability it is that place's loss. The loss of the mean place is least between two objects,
-    and the mean of the losses teaches next to nothing of a place that is thought unlikely.
+    Where one place has all probability it is that place's loss. The loss of the mean place is least between two
+    objects, and the mean of the losses teaches next to nothing of a place that is thought unlikely.
 
     Args:
         values: loss of each place, ``[..., T]``.
