@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Log = Sequence[Mapping[str, float]]
+_Kind = Literal["log", "from zero", "signed"]
 
 # Of Okabe and Ito, which remain apart under every common colour blindness. A task has its colour in every panel.
 _TASK_COLOURS = dict(zip(TASK_NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
@@ -43,23 +44,26 @@ def curves_picture(log: Log, path: Path) -> None:
     # of independent each step's are logged; those that a probe has seen are the same, now and then
     norms = [name for name in names if name.startswith("train/grad_norm_")]
     norms = norms or [name for name in names if name.startswith("grad/norm_")]
-    drawn = [("Losses", losses), ("Validation", scores)]
+    panels: list[tuple[str, list[str], _Kind]] = [
+        ("Losses", losses, "log"),
+        ("Validation", scores, "from zero"),
+    ]
     if counts:
-        drawn.append(("Mean error of the count, in objects", counts))
+        panels.append(("Mean error of the count, in objects", counts, "from zero"))
     if cosines:
-        drawn.append(("Norms of the tasks' gradients", norms))
-        drawn.append(("Cosines between the tasks' gradients", cosines))
-    rows = -(-len(drawn) // 2)
+        panels.append(("Norms of the tasks' gradients", norms, "log"))
+        panels.append(("Cosines between the tasks' gradients", cosines, "signed"))
+    rows = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, 4.8 * rows), dpi=DPI, facecolor="white")
-    for place, (title, lines) in enumerate(drawn):
+    for place, (title, lines, kind) in enumerate(panels):
         bottom, left = rows - 1 - place // 2, (0.06, 0.55)[place % 2]
         axes = figure.add_axes((left, (bottom + 0.12) / rows, 0.42, 0.79 / rows))
-        _draw_curves(axes, log, lines, title, smooth=lines not in (scores, counts))
-        if lines and lines in (losses, norms):
+        _draw_curves(axes, log, lines, title, smooth=kind != "from zero")
+        if lines and kind == "log":
             axes.set_yscale("log", nonpositive="mask")
-        elif lines and lines in (scores, counts):  # from zero, or a small change looks large
+        elif lines and kind == "from zero":  # or a small change looks large
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        elif lines and lines == cosines:
+        elif kind == "signed":
             axes.axhline(0, color=INK, lw=0.8)  # below it, tasks are against each other
     write_figure(figure, path)
 
