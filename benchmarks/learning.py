@@ -80,7 +80,7 @@ COUNTING_VARIANTS: dict[str, list[str]] = {
     "independent, done x100": ["tasks.done.weight=100"],
     "joint, coord x100": [*JOINT, "tasks.coord.weight=100"],
     "independent, coord x100": ["tasks.coord.weight=100"],
-    # it has learned all there is in a third of the steps
+    # of a third of the steps: there is little to learn
     "joint, blind": [*JOINT, "data.blind=true"],
 }
 COUNTING_OBJECTIVES = ["joint", "independent", "independent, alternating"]
