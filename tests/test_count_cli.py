@@ -267,7 +267,9 @@ def test_count_writes_the_numbered_marks(
     before = out.read_bytes()
     assert dst(*fixed, "--out", tmp_path / "new/other.png").exit_code == 0
     assert (tmp_path / "new/other.png").read_bytes() == before
-    assert result.stderr == ""
+    # whatever this little model counts: its pictures have 4 tokens, so that more than 3 crowd
+    crowded = ["crowd several to one of the 4 tokens" in line for line in result.stderr.splitlines()]
+    assert crowded == [True] * (counted.count > 3)
     unknown = dst(*(each if each != "wheels" else "wheel" for each in fixed))
     assert "'wheel' is none of the categories it was trained on; nearest: wheels" in unknown.stderr
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_count import ENCODINGS, counter_of, images_of, little
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_count import ENCODINGS, counter_of, images_of, little, next_by_hand
 from torch import nn
 from transformers import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from training.counting.batch import CountingBatch, CountingExample
+from training.counting.coord import next_places, taken_before
 from training.counting.data import CountingPrompt, ImageData, full_example, marked_example
 from training.counting.model import CountingSmolVLM, Projection, wanted_places
 from training.counting.recipe import CoordTask, Encoding
@@ -273,6 +276,52 @@ def test_the_heads_are_float32_whatever_is_around_them(
         both = [each if isinstance(each, tuple) else (each,) for each in (out, exact)]
         for value, wanted in zip(*both, strict=True):
             assert torch.allclose(value.double(), wanted, atol=1e-5)  # bf16 would be a hundredth away
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_what_has_a_mark_is_not_marked_again(seed: int) -> None:
+    """As long as there is a place without one; three images, looked at after any number of their marks."""
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(-1.2, 1.2, (3, 4, 2))
+    counts = rng.integers(0, 6, 3)
+    row_of_mark = np.repeat(np.arange(3), counts)
+    some = np.clip(places[row_of_mark, rng.integers(0, 4, len(row_of_mark))], -1, 1) + 0.01
+    marks = np.where(rng.random((len(some), 1)) < 0.8, some, rng.uniform(-1, 1, some.shape))
+    row_of_read = rng.integers(0, 3, 9)
+    marked = rng.integers(0, counts[row_of_read] + 1)
+    at = torch.from_numpy(np.log(rng.dirichlet(np.ones(4), 9)))
+    given = [torch.from_numpy(each) for each in (places, marks, row_of_mark, row_of_read, marked)]
+    found = next_places(at, given[0][given[3]], taken_before(*given))
+    for read, (row, number) in enumerate(zip(row_of_read, marked, strict=True)):
+        out = {"at": at[read : read + 1], "places": given[0][row : row + 1]}
+        assert tuple(found[read].tolist()) == next_by_hand(out, marks[row_of_mark == row][:number])
+
+
+@pytest.mark.parametrize("marks", ENCODINGS)
+def test_the_answer_is_the_likeliest_place_without_a_mark(
+    counting_shards: Path, drawn_shards: Path, marks: Encoding
+) -> None:
+    """Whatever way marks enter; with marks on the places themselves, as in a rollout of a model that has learned."""
+    shards, recipe = drawn_shards if marks == "drawn" else counting_shards, little(f"model.marks={marks}")
+    model, prompt = counter_of(shards, recipe)
+    images = images_of(shards, recipe)
+    model.eval()
+    for image in (of_count(images, 8), of_count(images, 5)):
+        with torch.no_grad():
+            places = model(prompt.collate([marked_example(image, prompt, marks, 0, ONE, ONE)], marks))[
+                "places"
+            ]
+        on_places = replace(image, points=np.resize(places[0].clamp(-1, 1).numpy(), (len(image.points), 2)))
+        answers = set()
+        for number in range(6):
+            example = marked_example(on_places, prompt, marks, number, ONE, ONE)
+            with torch.no_grad():
+                out = model(prompt.collate([example], marks))
+            answer = next_by_hand(out, on_places.points[:number])
+            assert tuple(out["coord"][0].tolist()) == answer
+            answers.add(tuple(np.round(answer, 3)))
+        assert len(answers) > 1
 
 
 @pytest.mark.parametrize("target", ["next", "nearest"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from tiny_count import ENCODINGS, counter_of, images_of, little
+from tiny_count import ENCODINGS, counter_of, images_of, little, next_by_hand
 
 from training.counting.batch import CountingBatch
 from training.counting.data import CountingPrompt, ImageData, full_example
@@ -60,13 +60,13 @@ def whole_pass(
     example = replace(
         full_example(image, prompt, (0.5, 0.25, 0.25)),
         features=subject.look(shown),
-        shown=shown if model.config.marks != "drawn" else shown[:0],
+        shown=shown,
         marked=np.array([len(marks)]),
         coord_weight=np.ones(1, np.float32),
         done_weight=np.ones(1, np.float32),
     )
     out = model(prompt.collate([example], model.config.marks))
-    return float(torch.sigmoid(out["done"][0])), tuple(out["coord"][0].clamp(-1, 1).tolist())
+    return float(torch.sigmoid(out["done"][0])), next_by_hand(out, marks)
 
 
 @pytest.mark.parametrize("at_once", [64, 2])
@@ -153,13 +153,12 @@ def test_with_drawn_marks_a_head_that_is_never_done_counts_to_the_most(drawn_sha
 
 def alone(image: ImageData, prompt: CountingPrompt, marks: Encoding, number: int) -> CountingBatch:
     """An image with so many true marks, read once."""
-    shown = image.points[:0] if marks == "drawn" else image.points[:number]
     return prompt.collate(
         [
             replace(
                 full_example(image, prompt, (1, 0, 0)),
                 features=image.features(number if marks == "drawn" else 0),
-                shown=shown,
+                shown=image.points[:number],
                 marked=np.array([number]),
                 coord_weight=np.ones(1, np.float32),
                 done_weight=np.ones(1, np.float32),

@@ -16,7 +16,7 @@ class CountingExample:
     """One row: an image, the marks in it, and the labels at those numbers of marks that are read.
 
     ``features`` ``[T, H]``; ``prompt`` the tokens before and ``closing`` those after the image; ``points`` float32
-    ``[N, 2]`` all true ones in order of marking; ``shown`` float32 ``[M, 2]`` the marks that are in the row.
+    ``[N, 2]`` all true ones in order of marking; ``shown`` float32 ``[M, 2]`` the marks that are seen, in whatever way.
     ``marked`` int64 ``[R]``: after how many marks the heads are read. A label of weight 0 is none.
     """
 

@@ -92,7 +92,7 @@ class Counter:
         """
         picture = pixels_of(image)
         out = self._look(picture, marks, what, ("coord",))
-        return in_pixels(out["coord"][0].clamp(-1, 1).tolist(), picture)
+        return in_pixels(out["coord"][0].tolist(), picture)
 
     def predict_done(self, image: Picture, marks: Sequence[Point], what: str | None = None) -> float:
         """The probability that all objects are marked.
@@ -112,8 +112,7 @@ class Counter:
         """
         picture = pixels_of(image)
         out = self._look(picture, marks, what, TASKS)
-        place = in_pixels(out["coord"][0].clamp(-1, 1).tolist(), picture)
-        return place, float(out["done"].sigmoid())
+        return in_pixels(out["coord"][0].tolist(), picture), float(out["done"].sigmoid())
 
     def count(self, image: Picture, what: str | None = None) -> Counted:
         """Mark one object after the other, until all are believed to be marked, or ``max_marks`` of its recipe.
@@ -173,7 +172,7 @@ class Counter:
             closing=after,
             features=self.features(picture, marks if drawn else ()),
             points=places[:0],
-            shown=places[:0] if drawn else places,
+            shown=places,
             marked=np.array([len(places)]),
             coord_weight=no_label,
             done_weight=no_label,

@@ -188,9 +188,10 @@ def marked_example(
     done_weight: NDArray[np.float32],
 ) -> CountingExample:
     """An image with its first so many marks, read once."""
-    shown = image.points[:number] if marks == "token_embed" else image.points[:0]
     drawn = number if marks == "drawn" else 0
-    return _example(image, prompt, np.array([number]), shown, coord_weight, done_weight, drawn)
+    return _example(
+        image, prompt, np.array([number]), image.points[:number], coord_weight, done_weight, drawn
+    )
 
 
 def _example(

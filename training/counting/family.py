@@ -156,7 +156,9 @@ class CountingSteps(Steps[list[tuple[int, int]]]):
             found = [full_example(image, self.prompt, shares)]
         else:
             found = list(sampled_examples(image, self.prompt, shares, marks, rng).values())
-        return [noisy(example, noise, rng) for example in found] if noise else found
+        if marks == "drawn" or not noise:
+            return found
+        return [noisy(example, noise, rng) for example in found]
 
 
 def _notes(images: Sequence[ImageData], recipe: CountingRecipe, tokens: int) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from training.counting.batch import CountingBatch
+from training.counting.coord import CoordHead, next_places, taken_before
 from training.counting.losses import coord_values, nearest_unmarked, over_places, weighted
 from training.counting.recipe import CoordTask, Encoding
 from training.family import Counts
@@ -94,34 +95,6 @@ class Projection(nn.Module):
         usual = (features - self.mean) / self.deviation
         both = torch.cat([usual, usual - usual.mean(1, keepdim=True)], -1)
         return self.out(nn.functional.gelu(self.hidden(both)))
-
-
-class CoordHead(nn.Module):
-    """Where the next object is: at which image token, and how far from its middle.
-
-    A place that is read off a hidden state alone has to be learned for each part of the image anew, and one that is a
-    mean of several lies between two objects while it is not known which comes next.
-    """
-
-    REACH = 0.25  # of half a side an offset of 1 is: a token of a grid of 8 is as wide
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)  # the softmax would take it out again
-        self.offset = nn.Linear(width, 2)
-        self.scale = width**-0.5
-
-    def forward(
-        self, hidden: torch.Tensor, image: torch.Tensor, centres: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states ``[B, S, H]`` and those of the image's tokens ``[B, T, H]``, whose middles are ``[T, 2]``.
-
-        Returns:
-            The logarithm of the probability that it is at each token, ``[B, S, T]``; the place at each, ``[B, T, 2]``.
-        """
-        scores = self.query(hidden) @ self.key(image).transpose(1, 2) * self.scale
-        return scores.log_softmax(-1), centres + self.REACH * self.offset(image)
 
 
 class CountingSmolVLM(SmolVLMForConditionalGeneration):
@@ -209,33 +182,37 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
     def heads(
         self, hidden: torch.Tensor, image: torch.Tensor, wanted: Sequence[str] = TASKS
     ) -> dict[str, torch.Tensor]:
-        """Hidden states ``[B, S, H]``, and those of the image's tokens ``[B, T, H]``, to ``coord`` ``[B, S, 2]`` and
-        ``done`` ``[B, S]``, float32 also under autocast.
+        """What is asked for, float32 also under autocast: for ``coord`` what `CoordHead` says, ``at`` ``[B, S, T]`` and
+        ``places`` ``[B, T, 2]``; ``done`` ``[B, S]``.
 
-        Beside ``coord``, the place at the likeliest token, all: ``at`` ``[B, S, T]``, logarithms of probabilities, and
-        ``places`` ``[B, T, 2]``.
+        Args:
+            hidden: ``[B, S, H]``.
+            image: hidden states of the image's tokens, ``[B, T, H]``.
         """
         out: dict[str, torch.Tensor] = {}
         with torch.autocast(hidden.device.type, enabled=False):
             if "coord" in wanted:
                 out["at"], out["places"] = self.coord_head(hidden.float(), image.float(), self._centres())
-                likeliest = out["at"].argmax(-1, keepdim=True).expand(-1, -1, 2)
-                out["coord"] = out["places"].gather(1, likeliest)
             if "done" in wanted:
                 out["done"] = self.done_head(hidden.float())[..., 0]
         return out
 
     def forward(self, batch: CountingBatch, heads: Sequence[str] = TASKS) -> dict[str, torch.Tensor]:
-        """The heads that are asked for at the R places that are read in the rows of `CountingBatch.only`, as `heads`:
-        ``coord`` ``[R, 2]``, ``at`` ``[R, T]``, ``places`` ``[R, T, 2]``, ``done`` ``[R]``.
+        """What is asked for where rows of `CountingBatch.only` are read, R times: ``coord`` ``[R, 2]``, the likeliest
+        place that has no mark yet, beside `heads`' ``at`` ``[R, T]`` and ``places`` ``[R, T, 2]``; ``done`` ``[R]``.
 
         Rows are padded at their end, where no position that comes before looks.
         """
         part = batch.only(heads)
         hidden = self.trunk(self.embed(part)).last_hidden_state
         found = self.heads(hidden, self.image_states(hidden, part), heads)
-        places = {"places": found.pop("places")[part.row_of_read]} if "places" in found else {}
-        return places | {name: values.flatten(0, 1)[part.read_at] for name, values in found.items()}
+        places = found.pop("places", None)
+        out = {name: values.flatten(0, 1)[part.read_at] for name, values in found.items()}
+        if places is not None:
+            taken = taken_before(places, part.marks, part.row_of_mark, part.row_of_read, part.marked)
+            out["places"] = places[part.row_of_read]
+            out["coord"] = next_places(out["at"], out["places"], taken)
+        return out
 
     def image_states(self, hidden: torch.Tensor, batch: CountingBatch) -> torch.Tensor:
         """Of hidden states ``[B, L, H]`` those of the image tokens, ``[B, T, H]``."""

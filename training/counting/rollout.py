@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.counting.batch import CountingBatch, CountingExample
+from training.counting.coord import are_taken, next_places
 from training.counting.data import CountingPrompt
 from training.counting.model import CountingSmolVLM
 
@@ -91,18 +92,23 @@ def _by_tokens(
     going = [rollout for _, rollout in part]
     cache: Any = None
     image: torch.Tensor | None = None
+    taken: torch.Tensor | None = None
     while going:
         between()
         out = model.trunk(embedded, cache, use_cache=True)
         cache = out.past_key_values
         image = model.image_states(out.last_hidden_state, batch) if image is None else image
-        coord = _take(model, out.last_hidden_state, image, going)
-        stay = [row for row, rollout in enumerate(going) if not _is_over(model, rollout, until)]
+        found = model.heads(out.last_hidden_state[:, -1:], image)
+        at, places = found["at"][:, 0], found["places"]
+        taken = torch.zeros_like(at, dtype=torch.bool) if taken is None else taken
+        coord = next_places(at, places, taken)
+        taken = taken | are_taken(places, coord)
+        stay = _go_on(model, going, found["done"][:, 0], until)
         if len(stay) < len(going):
             going = [going[row] for row in stay]
             if going:
                 cache.batch_select_indices(torch.tensor(stay, device=coord.device))
-        coord, image = coord[stay], image[stay]
+        coord, image, taken = coord[stay], image[stay], taken[stay]
         _mark(coord, going)
         embedded = model.embed_marks(coord)[:, None].to(embedded.dtype)
 
@@ -118,45 +124,34 @@ def _again(
     going = list(part)
     while going:
         between()
-        batch = _batch(model, prompt, going)
-        hidden = model.trunk(model.embed(batch)).last_hidden_state
-        image = model.image_states(hidden, batch)
-        coord = _take(model, hidden, image, [rollout for _, rollout in going])
-        stay = [row for row, (_, rollout) in enumerate(going) if not _is_over(model, rollout, until)]
+        found = model(_batch(model, prompt, going))
+        stay = _go_on(model, [rollout for _, rollout in going], found["done"], until)
         going = [going[row] for row in stay]
-        _mark(coord[stay], [rollout for _, rollout in going])
+        _mark(found["coord"][stay], [rollout for _, rollout in going])
 
 
 def _batch(
     model: CountingSmolVLM, prompt: CountingPrompt, part: Sequence[tuple[Subject, Rollout]]
 ) -> CountingBatch:
-    """The images with the marks they have so far, where those are no tokens."""
+    """The images with the marks they have so far, which are read after these."""
     examples = []
     for subject, rollout in part:
         marks = np.array(rollout.marks, np.float32).reshape(-1, 2)
         before, after = prompt.write(subject.goal)
         none = np.zeros(1, np.float32)
-        shown = marks if model.config.marks == "token_embed" else marks[:0]
+        marked = np.array([len(marks)])
         examples.append(
-            CountingExample(
-                "", before, after, subject.look(marks), marks[:0], shown, np.zeros(1, np.int64), none, none
-            )
+            CountingExample("", before, after, subject.look(marks), marks[:0], marks, marked, none, none)
         )
     return prompt.collate(examples, model.config.marks).to(model.device)
 
 
-def _take(
-    model: CountingSmolVLM, hidden: torch.Tensor, image: torch.Tensor, going: Sequence[Rollout]
-) -> torch.Tensor:
-    """Note the probabilities of being done at the last positions; where the next objects are, ``[B, 2]``."""
-    out = model.heads(hidden[:, -1:], image)
-    for rollout, done in zip(going, out["done"][:, 0].sigmoid().tolist(), strict=True):
-        rollout.done.append(done)
-    return out["coord"][:, 0].clamp(-1, 1)
-
-
-def _is_over(model: CountingSmolVLM, rollout: Rollout, until: float) -> bool:
-    return rollout.done[-1] >= until or len(rollout.marks) >= model.config.max_marks
+def _go_on(model: CountingSmolVLM, going: Sequence[Rollout], done: torch.Tensor, until: float) -> list[int]:
+    """Note the probabilities of being done ``[B]``; which of the rows go on."""
+    for rollout, probability in zip(going, done.sigmoid().tolist(), strict=True):
+        rollout.done.append(probability)
+    most = model.config.max_marks
+    return [row for row, each in enumerate(going) if each.done[-1] < until and len(each.marks) < most]
 
 
 def _mark(coord: torch.Tensor, going: Sequence[Rollout]) -> None:
