@@ -1,6 +1,6 @@
 """What a label costs where one causal pass learns from all marks, beside an image that is drawn on and encoded anew.
 
-    python benchmarks/counting.py        # three minutes on two cores; where there is a GPU, it takes that
+    python benchmarks/counting.py        # a minute on two cores; where there is a GPU, it takes that
 
 Random models, random features and pixels; images of N objects. What is compared, each with a forward and a backward
 pass of the language model for `coord` and one for `done`, as `objective: independent` takes them:
@@ -123,7 +123,7 @@ class Bench:
     def _learn(self, model: CountingSmolVLM, batch: CountingBatch, task: str) -> None:
         if self.is_counted:  # what picks rows by weight cannot see weights; the loss costs next to nothing
             with mock.patch.object(CountingBatch, "only", lambda batch, tasks: batch):
-                model(batch, (task,))[task].sum().backward()
+                torch.cat([out.flatten() for out in model(batch, (task,)).values()]).sum().backward()
             return
         losses = model.task_losses(
             model(batch, (task,)), batch, self.tasks, model.count_labels(batch, self.tasks)
