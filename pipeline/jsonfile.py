@@ -52,18 +52,41 @@ def json_records(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
 
 
 def parse(text: str, rejects: Rejects) -> Any:
-    """A JSON value. Half a surrogate pair, which no table can hold, becomes U+FFFD, and a note.
+    """A JSON value. Half a surrogate pair, which no table can hold, becomes U+FFFD, and a note; of what stands in an
+    object under one name more than once the last counts, and a note tells of it.
 
     Raises:
         ValueError: the text is not JSON.
     """
+    decoder = _Decoder()
     try:
-        return _mended(json.loads(text), text, rejects)
+        return _mended(decoder.decode(text), text, decoder, rejects)
     except RecursionError:
         raise ValueError("lists in lists without end") from None
 
 
-def _mended(value: Any, text: str, rejects: Rejects) -> Any:
+class _Decoder(json.JSONDecoder):
+    """Tells of the value that it decoded last how many of its objects have a name more than once."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.repeating = 0
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.repeating = 0
+        return super().raw_decode(s, idx)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        self.repeating += len(found) < len(pairs)
+        return found
+
+
+def _mended(value: Any, text: str, decoder: _Decoder, rejects: Rejects) -> Any:
+    if decoder.repeating:
+        rejects.notes["objects of JSON files with a name more than once, of which the last counts"] += (
+            decoder.repeating
+        )
     return _without_halves(value, rejects) if _ESCAPED_HALF.search(text) else value
 
 
@@ -101,7 +124,7 @@ def _lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
 
 
 def _values(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     with path.open(encoding="utf-8", newline="") as file:
         text = file.read(_CHUNK)
         while not text.strip("\ufeff \t\r\n") and (more := file.read(_CHUNK)):
@@ -130,7 +153,7 @@ def _values(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
             value, end, text, at = _value(path, file, decoder, text, at, number, follows=first)
             raw = text[at:end]
             size = len(raw.encode())
-            yield Place(path, f"record {number}", offset, size), _mended(value, raw, rejects)
+            yield Place(path, f"record {number}", offset, size), _mended(value, raw, decoder, rejects)
             at, offset, first = end, offset + size, False
 
 
@@ -140,7 +163,7 @@ def _skip_gap(text: str, at: int, offset: int) -> tuple[int, int]:
 
 
 def _value(
-    path: Path, file: Any, decoder: json.JSONDecoder, text: str, at: int, number: int, follows: bool
+    path: Path, file: Any, decoder: _Decoder, text: str, at: int, number: int, follows: bool
 ) -> tuple[Any, int, str, int]:
     """Decode the value that begins at ``text[at]``, reading on while it is not all there."""
     while True:

@@ -133,9 +133,14 @@ def test_a_picture_worked_by_hand(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_a_reject(made: Path, tmp_path: Path) -> None:
+    text = (made / ANNOTATIONS).read_text()
+    twice = text.replace('"empty.jpg":', '"empty.jpg": {"points": [[1, 1]]}, "empty.jpg":')
+    put(made, ANNOTATIONS, twice)
+    assert twice != text
     result = run("prepare", "--source", "fsc147", "--root", made, "--out", tmp_path, "--workers", "1")
     assert result.exit_code == 0, result.output
     assert "1 images without a category, whose goal is now 'objects'" in result.stdout
+    assert "1 objects of JSON files with a name more than once, of which the last counts" in result.stdout
     rejects = rows_of(tmp_path / "fsc147", "rejects")
     found = [(Path(row["source_file"]).name, row["locator"], row["reason"]) for row in rejects]
     points = [(number, "outside the image") for number in (2, 3, 4)]

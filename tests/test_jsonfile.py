@@ -139,6 +139,21 @@ def test_lists_without_end_spoil_one_line(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))
+def test_a_name_that_stands_twice_is_told_once(chunk: int) -> None:
+    """Also where a record is decoded again as more of it is read."""
+    text = '{"a": 1, "b": {"c": 1, "c": 2, "c": 3}, "a": {"d": 4}}'
+    for name, data in (("a.json", f"[{text}, {{}}, {text}]"), ("a.jsonl", f"{text}\n{{}}\n{text}\n")):
+        with written(name, data.encode(), chunk) as path:
+            rejects = Rejects()
+            read = list(json_records(path, rejects))
+            last = {"a": {"d": 4}, "b": {"c": 3}}
+            assert [value for _, value in read] == [place.read() for place, _ in read] == [last, {}, last]
+            assert rejects.notes == {
+                "objects of JSON files with a name more than once, of which the last counts": 4
+            }
+
+
+@pytest.mark.parametrize("chunk", range(1, 9))
 def test_a_list_of_numbers(chunk: int) -> None:
     with written("a.json", b"[1.5, -2e+15,1 , 0.25e-1 ]", chunk) as path:
         read = list(json_records(path, Rejects()))
