@@ -36,6 +36,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU 
 Gpu = Annotated[int | None, typer.Option(help="Number of the GPU to use.")]
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 Checkpoint = Annotated[str, typer.Option(help="best, latest or best_TASK.")]
+AnyCheckpoint = Annotated[
+    str | None,
+    typer.Option(help="best, latest or best_TASK. Default: best; of a run of counting best_joint."),
+]
 
 
 @app.callback()
@@ -399,10 +403,7 @@ def evaluate(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
     shards: Annotated[str | None, typer.Option(help="The cache. Default: the one it was trained on.")] = None,
     split: Split = "test",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="best, latest or best_TASK. Default: best; of a run of counting best_joint."),
-    ] = None,
+    checkpoint: AnyCheckpoint = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -432,7 +433,7 @@ def evaluate(
 
 @app.command()
 def count(
-    run: Annotated[Path, typer.Option(help="A run of counting, made by dst train.")],
+    run: Annotated[Path, typer.Option(help="A run of counting, made by dst train, or an export of one.")],
     image: Annotated[Path, typer.Option(help="A JPEG, PNG, WebP or BMP picture.")],
     what: Annotated[
         str | None, typer.Option(help="A category of the training part. Default: the only one, if it is.")
@@ -442,8 +443,8 @@ def count(
         typer.Option(help="The picture with marks, a PNG. Default: out/pictures/IMAGE-counted.png."),
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="best_joint, latest, best_coord or best_done.")
-    ] = "best_joint",
+        str | None, typer.Option(help="best_joint, latest, best_coord or best_done. Default: best_joint.")
+    ] = None,
     gpu: Gpu = None,
     device: Device = None,
 ) -> None:
@@ -542,21 +543,20 @@ def stream(
 def export(
     run: Annotated[Path, typer.Option(help="A run made by dst train.")],
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
-    checkpoint: Checkpoint = "best",
+    checkpoint: AnyCheckpoint = None,
 ) -> None:
     """One folder with all that a trained model needs elsewhere: weights, vision tower, tokenizer, thresholds, card.
 
     Example: dst export --run out/runs/tiny --out out/export
     """
-    from training.runs import require_dialog
-
-    require_dialog(run, "dst export")
     from training.export import export as write
+    from training.runs import is_counting_run
 
     lacking = write(run, out, checkpoint)
     if lacking:
         typer.echo(lacking, err=True)
-    typer.echo(f"exported to {out}; next: dst stream --run {shlex.quote(str(out))} --video ... --plan ...")
+    use = "count --run {} --image ..." if is_counting_run(run) else "stream --run {} --video ... --plan ..."
+    typer.echo(f"exported to {out}; next: dst {use.format(shlex.quote(str(out)))}")
 
 
 @app.command()

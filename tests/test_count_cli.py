@@ -321,16 +321,14 @@ def test_what_count_refuses(run: Path, pictures: Path, tmp_path: Path) -> None:
 # ---- what is for the dialog model
 
 
-def test_commands_of_the_dialog_model_say_so(run: Path, tmp_path: Path) -> None:
+def test_commands_of_the_dialog_model_say_so(run: Path) -> None:
     for arguments in (
         ("compare", run, run),
         ("stream", "--run", run, "--video", "v.mp4", "--plan", "p.yaml", "--device", "cpu"),
-        ("export", "--run", run, "--out", tmp_path / "export"),
     ):
         assert f"{run} is a run of counting, and dst {arguments[0]} needs one of the dialog" in mistake(
             *arguments
         )
-    assert not (tmp_path / "export").exists()
 
 
 # ---- the demo

@@ -74,6 +74,7 @@ def test_the_stock_loader_reads_all_of_it(run: Path, exported: Path, tiny_model:
     assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in tower.items())
     assert AutoTokenizer.from_pretrained(exported).chat_template
     assert not (exported / "trainer.pt").exists()
+    assert len({file.stat().st_mode for file in exported.iterdir()}) == 1  # weights too can be read by others
 
 
 def test_the_card_has_the_measured_figures(run: Path, exported: Path) -> None:

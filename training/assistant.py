@@ -17,7 +17,7 @@ from schemas.clock import Clock
 from schemas.errors import UserError
 from schemas.states import NOT_STARTED, STATE_NAMES
 from schemas.task import Task
-from training.checkpoint import EXPORTED, checkpoint_of, exported_checkpoint, tower_of
+from training.checkpoint import EXPORTED, checkpoint_to_use, tower_of
 from training.gate import Gate, Thresholds
 from training.live import LiveWindows, Observation
 from training.model import DSTSmolVLM, load_trained
@@ -112,12 +112,7 @@ class Assistant:
         Raises:
             UserError: neither of both, no such checkpoint, or its vision tower is not to be had.
         """
-        if (source / EXPORTED).is_file():
-            folder, holds = source, exported_checkpoint(source)
-            if checkpoint not in (None, holds):
-                raise UserError(f"{source} was exported with checkpoint {holds!r}, not {checkpoint!r}")
-        else:
-            folder = checkpoint_of(source, checkpoint or "best")
+        folder = checkpoint_to_use(source, checkpoint, "best")
         model = load_trained(folder).to(device)
         builder = SequenceBuilder.of(folder, model.config)
         encoder = encoder_of(folder, model, device, model.config.tiles)

@@ -40,10 +40,18 @@ def checkpoint_of(run: Path, checkpoint: str) -> Path:
     return run / "checkpoints" / checkpoint
 
 
-def exported_checkpoint(folder: Path) -> str:
-    """Which checkpoint of its run an export holds."""
-    name: str = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))["checkpoint"]
-    return name
+def checkpoint_to_use(source: Path, checkpoint: str | None, best: str) -> Path:
+    """The folder of a run's checkpoint, ``best`` where none is named; or a folder that `dst export` wrote.
+
+    Raises:
+        UserError: neither of both, or no such checkpoint.
+    """
+    if not (source / EXPORTED).is_file():
+        return checkpoint_of(source, checkpoint or best)
+    holds = json.loads((source / EXPORTED).read_text(encoding="utf-8"))["checkpoint"]
+    if checkpoint not in (None, holds):
+        raise UserError(f"{source} was exported with checkpoint {holds!r}, not {checkpoint!r}")
+    return source
 
 
 def tower_of(vision: Mapping[str, str]) -> Path:
@@ -80,10 +88,15 @@ def save_model(
     with _saving(folder) as temporary:
         model.save_pretrained(temporary, state_dict=dict(tensors))
         tokenizer.save_pretrained(temporary)
-        for weights in temporary.glob(WEIGHTS):  # which are written for their owner alone
-            weights.chmod((temporary / "config.json").stat().st_mode)
+        let_read(temporary)
         if state is not None:
             _write_state(model, temporary, tensors, state)
+
+
+def let_read(folder: Path) -> None:
+    """Let those read weights who may read the configuration; safetensors writes them for their owner alone."""
+    for weights in folder.glob(WEIGHTS):
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def save_again(

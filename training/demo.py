@@ -125,7 +125,7 @@ def _counting(run: Path, blind: Path) -> tuple[dict[str, Any], Mapping[str, Path
     middle = images[len(images) // 2]
     picture, counted = Path(middle.labels.meta["uri"]), reports.file("counted.png")
     typer.echo(f"and one picture, of {len(middle.points)} {middle.goal}:")
-    count_and_tell(run, picture, middle.goal, counted, "best_joint", "cpu")
+    count_and_tell(run, picture, middle.goal, counted, None, "cpu")
     return metrics, {"counted": counted, "report": reports.file("report.html")}
 
 

@@ -17,10 +17,11 @@ from pipeline.streams import DecodeError
 from pipeline.vision import VisionEncoder
 from schemas.errors import UserError
 from training.assistant import encoder_of
-from training.checkpoint import checkpoint_of
+from training.checkpoint import checkpoint_to_use
 from training.counting.batch import CountingExample
 from training.counting.data import CountingPrompt, room_for
 from training.counting.model import TASKS, CountingSmolVLM
+from training.counting.recipe import CountingRecipe
 from training.counting.rollout import Subject, roll_out
 from training.model import load_checkpoint
 from training.runs import counting_recipe
@@ -64,15 +65,16 @@ class Counter:
         self.model, self.prompt, self.encoder = model.eval(), prompt, encoder
 
     @classmethod
-    def load(cls, run: Path, checkpoint: str = "best_joint", device: str = "cpu") -> Counter:
-        """From a run of `dst train`.
+    def load(cls, source: Path, checkpoint: str | None = None, device: str = "cpu") -> Counter:
+        """From a run of `dst train`, by default its ``best_joint`` checkpoint, or a folder that `dst export` wrote.
 
         Raises:
-            UserError: no run of counting or a blind one, no such checkpoint, or its vision tower is not to be had.
+            UserError: neither of both, not of counting, or a blind one; no such checkpoint, or its vision tower is not
+                to be had.
         """
-        folder = checkpoint_of(run, checkpoint)
-        if counting_recipe(run, "counting in a picture").data.blind:
-            raise UserError(f"{run} is a blind control, which has never seen a picture; give another run")
+        folder = checkpoint_to_use(source, checkpoint, CountingRecipe.best)
+        if counting_recipe(source, "counting in a picture").data.blind:
+            raise UserError(f"{source} is a blind control, which has never seen a picture; give another run")
         model = load_checkpoint(CountingSmolVLM, folder).to(device)
         encoder = encoder_of(folder, model, device, model.config.tiles)
         return cls(model, CountingPrompt.of(folder), encoder)
@@ -120,7 +122,7 @@ class Counter:
         Raises:
             UserError: no picture, or a checkpoint from before the first validation.
         """
-        threshold, picture = threshold_of(self.model), pixels_of(image)
+        threshold, picture = threshold_of(self.model.config), pixels_of(image)
         [rollout] = roll_out(
             self.model, self.prompt, [self.subject(picture, self.category(what))], until=threshold
         )
@@ -181,17 +183,17 @@ class Counter:
         return self.model(batch, heads)
 
 
-def threshold_of(model: CountingSmolVLM) -> float:
+def threshold_of(config: Any) -> float:
     """The probability from which all are marked, as it was chosen in training.
 
     Raises:
         UserError: none was: the checkpoint is from before the first validation.
     """
-    if model.config.done_threshold is None:
+    if config.done_threshold is None:
         raise UserError(
             "the checkpoint has no threshold: it was saved before the first validation; train on, or give another"
         )
-    return float(model.config.done_threshold)
+    return float(config.done_threshold)
 
 
 def pixels_of(image: Picture) -> NDArray[np.uint8]:

@@ -101,7 +101,7 @@ def evaluate(
     recipe = counting_recipe(run, "this evaluation")
     cache = ShardCache(shards or cache_of(run))
     model = load_checkpoint(CountingSmolVLM, folder).to(device)
-    threshold = threshold_of(model)
+    threshold = threshold_of(model.config)
     require_its_features(cache, model.config)
     images = load_images(cache, split, recipe.model.marks, recipe.data.blind)
     training = load_images(ShardCache(cache_of(run)), "train", recipe.model.marks)

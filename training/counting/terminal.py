@@ -82,7 +82,7 @@ def _pictured(each: Scored, unread: list[str]) -> bytes | None:
 
 
 def count_and_tell(
-    run: Path, image: Path, what: str | None, out: Path | None, checkpoint: str, device: str
+    run: Path, image: Path, what: str | None, out: Path | None, checkpoint: str | None, device: str
 ) -> None:
     """Count in a picture, print how many there are, and write the picture with numbered marks.
 
