@@ -148,17 +148,18 @@ def test_a_count_is_one_mark_after_the_other(
 
 def test_places_are_pixels_of_the_picture(caches: dict[str, Path], tiny_model: Path) -> None:
     """Worked by hand, from the first of 2 x 2 tokens: three quarters of 80 pixels from the left, a quarter of 60 from
-    above; beyond it, its border."""
+    above; where that has a mark, the token's second place; beyond the picture, its border."""
     counter, _ = untrained(caches, "mark_tokens", tiny_model)
     picture = np.full((60, 80, 3), 128, np.uint8)
     head = counter.model.coord_head
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.zero_()  # all tokens are as likely, and the first is taken
-        head.offset.bias.copy_(torch.tensor([1.0, 0.0]) / head.REACH)
+            parameter.zero_()  # all places are as likely, and the first is answered
+        head.offset.bias.copy_(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]) / head.REACH)
     assert counter.predict_coordinates(picture, [], "pears") == (60.0, 15.0)
+    assert counter.predict_coordinates(picture, [(60.0, 15.0)], "pears") == (60.0, 45.0)
     with torch.no_grad():
-        head.offset.bias.copy_(torch.tensor([3.0, -7.0]) / head.REACH)
+        head.offset.bias.copy_(torch.tensor([3.0, -7.0]).repeat(4) / head.REACH)
     assert counter.predict_coordinates(picture, [(80, 0)], "pears") == (80.0, 0.0)
 
 

@@ -421,7 +421,7 @@ def test_what_the_recipe_will_not_do_is_said(
     more = sum(count > 3 for count in counts)
     crowded = (
         f"{more} of {len(counts)} images have more than 3 objects, of which several share one of their 4 tokens and "
-        "are not told apart; cache them with more (--tiles)"
+        "are hard to tell apart; cache them with more (--tiles)"
     )
     assert told == [
         f"{more} of {len(counts)} images have more objects than data.max_marks=3, where a rollout ends; "

@@ -98,11 +98,12 @@ def counter_of(shards: Path, recipe: CountingRecipe) -> tuple[CountingSmolVLM, C
 
 
 def next_by_hand(out: dict[str, torch.Tensor], marks: Any) -> tuple[float, float]:
-    """The likeliest of the places of a row that are a twelfth of the picture's side or more from all marks (with 2 x 2
-    tokens a sixth of a token); where none is, the likeliest."""
+    """The likeliest of the places of a row, four a token, that are a sixth of a token's width or more from all marks;
+    where none is, the likeliest."""
+    width = 2 / math.sqrt(out["places"].shape[1] / 4)
     found = []
     for at, place in zip(out["at"][0].tolist(), out["places"][0].clamp(-1, 1).double().tolist(), strict=True):
-        is_taken = any(math.dist(place, mark) / 2 < 1 / 12 for mark in marks)
+        is_taken = any(math.dist(place, mark) < width / 6 for mark in marks)
         found.append((not is_taken, at, tuple(place)))
     x, y = max(found)[2]
     return x, y

@@ -1,4 +1,4 @@
-"""Where the next object is: how likely at each of an image's tokens, the place there, and which place is answered."""
+"""Where the next object is: how likely at each of a few places of each image token, and which place is answered."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 import torch
 from torch import nn
 
+PLACES = 4
+"""Places of an image token, for as many objects that share it."""
+
 TAKEN = 1 / 6
 """A place that is nearer to a mark than this share of a token's width is that mark's."""
 
 
 class CoordHead(nn.Module):
-    """Where the next object is: at which image token, and how far from its middle.
+    """Where the next object is: at which place of which image token, and how far that is from the token's middle.
 
     A place that is read off a hidden state alone has to be learned for each part of the image anew, and one that is a
     mean of several lies between two objects while it is not known which comes next.
@@ -23,8 +26,8 @@ class CoordHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)  # the softmax would take it out again
-        self.offset = nn.Linear(width, 2)
+        self.key = nn.Linear(width, PLACES * width, bias=False)  # the softmax would take it out again
+        self.offset = nn.Linear(width, PLACES * 2)
         self.scale = width**-0.5
 
     def forward(
@@ -33,15 +36,19 @@ class CoordHead(nn.Module):
         """Hidden states ``[B, S, H]`` and those of the image's tokens ``[B, T, H]``, whose middles are ``[T, 2]``.
 
         Returns:
-            The logarithm of the probability that it is at each token, ``[B, S, T]``; the place at each, ``[B, T, 2]``.
+            Of the P = ``PLACES`` T places, each token's after the other's, the logarithm of the probability that it is
+            there, ``[B, S, P]``, and where they are, ``[B, P, 2]``.
         """
-        scores = self.query(hidden) @ self.key(image).transpose(1, 2) * self.scale
-        return scores.log_softmax(-1), centres + self.REACH * self.offset(image)
+        keys, offsets = (
+            layer(image).unflatten(-1, (PLACES, -1)).flatten(1, 2) for layer in (self.key, self.offset)
+        )
+        scores = self.query(hidden) @ keys.transpose(1, 2) * self.scale
+        return scores.log_softmax(-1), centres.repeat_interleave(PLACES, 0) + self.REACH * offsets
 
 
 def are_taken(places: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Which places ``[..., T, 2]`` of an image of T tokens are those of its mark ``[..., 2]``: bool ``[..., T]``."""
-    width = 2 / math.isqrt(places.shape[-2])
+    """Which places ``[..., P, 2]`` of an image are those of its mark ``[..., 2]``: bool ``[..., P]``."""
+    width = 2 / math.isqrt(places.shape[-2] // PLACES)
     return (places.clamp(-1, 1) - marks[..., None, :]).norm(dim=-1) < TAKEN * width
 
 
@@ -52,10 +59,10 @@ def taken_before(
     row_of_read: torch.Tensor,
     marked: torch.Tensor,
 ) -> torch.Tensor:
-    """Which places have a mark, where an image is looked at after some of its marks: bool ``[R, T]``.
+    """Which places have a mark, where an image is looked at after some of its marks: bool ``[R, P]``.
 
     Args:
-        places: of B images, ``[B, T, 2]``.
+        places: of B images, ``[B, P, 2]``.
         marks: of all images, ``[M, 2]``, in order of images and of marking.
         row_of_mark: the image of each, int64 ``[M]``.
         row_of_read: the image that is looked at, int64 ``[R]``.
@@ -74,9 +81,9 @@ def next_places(at: torch.Tensor, places: torch.Tensor, taken: torch.Tensor) -> 
     """The likeliest place that has no mark, or where all have one, the likeliest: ``[R, 2]`` in -1..1.
 
     Args:
-        at: logarithms of the probability of each, ``[R, T]``.
-        places: ``[R, T, 2]``.
-        taken: whether it has a mark, ``[R, T]``.
+        at: logarithms of the probability of each, ``[R, P]``.
+        places: ``[R, P, 2]``.
+        taken: whether it has a mark, ``[R, P]``.
     """
     free = at.masked_fill(taken & ~taken.all(-1, keepdim=True), -torch.inf)
     chosen = free.argmax(-1)[:, None, None].expand(-1, -1, 2)

@@ -70,7 +70,7 @@ def _image(cache: ShardCache, labels: LabelledSession, blind: bool) -> ImageData
 
 
 def room_for(tokens: int) -> int:
-    """Objects that an image of so many tokens has room for; of more, several share a token and are not told apart."""
+    """Objects that an image of so many tokens has room for: of more, several share a token, hard to tell apart."""
     return int(0.8 * tokens)
 
 

@@ -175,7 +175,7 @@ def _notes(images: Sequence[ImageData], recipe: CountingRecipe, tokens: int) -> 
     if crowded:
         notes.append(
             f"{crowded} of {len(counts)} images have more than {room_for(tokens)} objects, of which several share one "
-            f"of their {tokens} tokens and are not told apart; cache them with more (--tiles)"
+            f"of their {tokens} tokens and are hard to tell apart; cache them with more (--tiles)"
         )
     if recipe.model.marks == "drawn" and recipe.data.mark_noise:
         notes.append("data.mark_noise moves no marks that are drawn in pictures already")

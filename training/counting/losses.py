@@ -39,8 +39,8 @@ def over_places(values: torch.Tensor, log_probabilities: torch.Tensor) -> torch.
     objects, and the mean of the losses teaches next to nothing of a place that is thought unlikely.
 
     Args:
-        values: loss of each place, ``[..., T]``.
-        log_probabilities: ``[..., T]``.
+        values: loss of each place, ``[..., P]``.
+        log_probabilities: ``[..., P]``.
 
     Returns:
         ``[...]``, from the least value to the mean by p.

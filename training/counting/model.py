@@ -182,8 +182,8 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
     def heads(
         self, hidden: torch.Tensor, image: torch.Tensor, wanted: Sequence[str] = TASKS
     ) -> dict[str, torch.Tensor]:
-        """What is asked for, float32 also under autocast: for ``coord`` what `CoordHead` says, ``at`` ``[B, S, T]`` and
-        ``places`` ``[B, T, 2]``; ``done`` ``[B, S]``.
+        """What is asked for, float32 also under autocast: for ``coord`` what `CoordHead` says, ``at`` ``[B, S, P]`` and
+        ``places`` ``[B, P, 2]``; ``done`` ``[B, S]``.
 
         Args:
             hidden: ``[B, S, H]``.
@@ -199,7 +199,7 @@ class CountingSmolVLM(SmolVLMForConditionalGeneration):
 
     def forward(self, batch: CountingBatch, heads: Sequence[str] = TASKS) -> dict[str, torch.Tensor]:
         """What is asked for where rows of `CountingBatch.only` are read, R times: ``coord`` ``[R, 2]``, the likeliest
-        place that has no mark yet, beside `heads`' ``at`` ``[R, T]`` and ``places`` ``[R, T, 2]``; ``done`` ``[R]``.
+        place that has no mark yet, beside `heads`' ``at`` ``[R, P]`` and ``places`` ``[R, P, 2]``; ``done`` ``[R]``.
 
         Rows are padded at their end, where no position that comes before looks.
         """
