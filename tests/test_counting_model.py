@@ -50,6 +50,12 @@ def of_count(images: list[ImageData], count: int) -> ImageData:
     return next(image for image in images if len(image.points) == count)
 
 
+def made_with(marks: Encoding, shards: Path) -> tuple[CountingSmolVLM, CountingPrompt, list[ImageData]]:
+    recipe = little(f"model.marks={marks}")
+    model, prompt = counter_of(shards, recipe)
+    return model.eval(), prompt, images_of(shards, recipe)
+
+
 @torch.no_grad()
 def seen(model: CountingSmolVLM, batch: CountingBatch) -> dict[str, torch.Tensor]:
     """What depends on the marks, and on the last bit of a computation by no more than that."""
@@ -98,10 +104,7 @@ def test_one_pass_is_as_many_passes_as_there_are_numbers_of_marks(
 def test_rows_do_not_depend_on_each_other_nor_on_what_they_are_padded_with(
     counting_shards: Path, drawn_shards: Path, marks: Encoding
 ) -> None:
-    shards, recipe = drawn_shards if marks == "drawn" else counting_shards, little(f"model.marks={marks}")
-    model, prompt = counter_of(shards, recipe)
-    images = images_of(shards, recipe)
-    model.eval()
+    model, prompt, images = made_with(marks, drawn_shards if marks == "drawn" else counting_shards)
 
     def rows(image: ImageData) -> list[CountingExample]:
         if marks == "mark_tokens":
@@ -303,10 +306,7 @@ def test_the_answer_is_the_likeliest_place_without_a_mark(
     counting_shards: Path, drawn_shards: Path, marks: Encoding
 ) -> None:
     """Whatever way marks enter; with marks on the places themselves, as in a rollout of a model that has learned."""
-    shards, recipe = drawn_shards if marks == "drawn" else counting_shards, little(f"model.marks={marks}")
-    model, prompt = counter_of(shards, recipe)
-    images = images_of(shards, recipe)
-    model.eval()
+    model, prompt, images = made_with(marks, drawn_shards if marks == "drawn" else counting_shards)
     for image in (of_count(images, 8), of_count(images, 5)):
         with torch.no_grad():
             places = model(prompt.collate([marked_example(image, prompt, marks, 0, ONE, ONE)], marks))[
