@@ -308,6 +308,36 @@ def test_a_signal_ends_it_and_keeps_what_was_seen(
         assert sum(1 for _ in film.decode(video=0)) >= 3
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_though_what_it_raised_was_dropped(
+    talking: Path, long_video: Path, plan: Path, how: signal.Signals
+) -> None:
+    """As compiled code may do that has called back into Python."""
+    program = f"""
+import os, time
+from training.assistant import Assistant
+look, ticks = Assistant.step, []
+def step(self, *given):
+    ticks.append(given)
+    try:
+        if len(ticks) == 3:
+            os.kill(os.getpid(), {int(how)})
+            time.sleep(5)
+    except KeyboardInterrupt:
+        pass
+    return look(self, *given)
+Assistant.step = step
+from cli import app; app()
+"""
+    arguments = arguments_of(talking, long_video, plan)
+    arguments[arguments.index("-c") + 1] = program
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 128 + how, done.stderr
+    assert done.stderr.strip().splitlines()[-2:] == ["seen up to 0:00:01.0", "stopped"]
+    assert {json.loads(line)["tick"] for line in done.stdout.splitlines()} <= {0, 1, 2}
+
+
 def test_on_a_terminal_it_shows_the_plan_and_hears_what_is_typed(
     short_run: Path, long_video: Path, plan: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import select
+import signal
 import sys
 import threading
 import time
@@ -77,6 +78,7 @@ def stream_and_tell(
             raise UserError(f"{words}, second {t_s:g}: {error}") from None
     board = Board(task)
     with ExitStack() as stack:
+        asked = stack.enter_context(_asked_to_stop())
         to: list[IO[str]] | None = None
         recorder = stack.enter_context(recording(record, assistant.clock.tick_hz)) if record else None
         typing = stack.enter_context(Typing()) if sys.stdin.isatty() and sys.stdout.isatty() else None
@@ -107,6 +109,8 @@ def stream_and_tell(
                     recorder.take(tick.image, board)
             if show is not None:
                 show()
+            if asked:
+                raise KeyboardInterrupt(asked[0])
 
         try:
             with closing(live_ticks(video, assistant.clock, rotation_deg=rotation_deg)) as ticks:
@@ -170,6 +174,30 @@ def read_words(path: Path) -> list[tuple[float, str]]:
         elif line.strip():
             raise UserError(f"{path}, line {number} is not seconds and words; write '12.5 what comes next?'")
     return found
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals that ask to stop, as they come.
+
+    Each also raises `KeyboardInterrupt` at once, so that no wait outlasts it. But compiled code that has called back
+    into Python may drop what is raised there, and the stream would go on.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
